@@ -1,0 +1,1 @@
+"""Decides: intents, catalogue, leases, evidence and the northbound API. Never imports upf."""

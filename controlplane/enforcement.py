@@ -1,0 +1,133 @@
+"""What the control plane asks of a user plane: value types and the Enforcer protocol.
+
+These are the only types that `upf` shares with `controlplane`. They carry no logic.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address
+from typing import Protocol
+
+Address = IPv4Address | IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One address family's share of a lease: this UE to this service, and back."""
+
+    ue: Address
+    service: Address
+
+    def __post_init__(self) -> None:
+        if self.ue.version != self.service.version:
+            raise ValueError(f"{self.ue} and {self.service} are of different address families")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """What one COMMIT authorises: its flows, to one anchor, under one QoS, until a deadline."""
+
+    lease_id: str
+    epoch: int  # of the session; only grows (fencing)
+    flows: tuple[Flow, ...]
+    anchor: str
+    qos_profile: str
+    expires_ns: int  # CLOCK_MONOTONIC
+
+
+@dataclass(frozen=True, slots=True)
+class Install:
+    """Open the user plane for a new lease."""
+
+    binding: Binding
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Make-before-break: steer to `new`; `old`'s anchor may still answer until the drain ends."""
+
+    new: Binding
+    old: Binding
+    drain_until_ns: int  # CLOCK_MONOTONIC
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Extend a live lease in place; `binding.expires_ns` is the new deadline."""
+
+    binding: Binding
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Close the user plane of a lease now. Closing what is already closed is no error."""
+
+    binding: Binding
+
+
+@dataclass(frozen=True, slots=True)
+class EndDrain:
+    """Stop the old anchor's answers before the drain deadline."""
+
+    old: Binding
+
+
+Operation = Install | Move | Renew | Revoke | EndDrain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Packets and bytes the kernel counted on one lease's elements."""
+
+    uplink_packets: int
+    uplink_bytes: int
+    downlink_packets: int
+    downlink_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enforced:
+    """One steering element as read back from the kernel."""
+
+    lease_id: str
+    epoch: int
+    flow: Flow
+    anchor: str
+    remaining_ms: int
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reconciliation:
+    """What it took to make the kernel agree with the journal (lease ids)."""
+
+    adopted: tuple[str, ...]
+    installed: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class EnforcementError(Exception):
+    """The user plane refused an operation; nothing of the batch took effect."""
+
+
+class StaleEpochError(EnforcementError):
+    """An operation carried an epoch older than one already enforced."""
+
+
+class Enforcer(Protocol):
+    """A user plane function as the control plane sees it."""
+
+    def apply(self, operations: Sequence[Operation]) -> None:
+        """Apply all operations in one atomic step, or raise EnforcementError and change nothing.
+
+        When it returns, the kernel has acknowledged.
+        """
+
+    def enforced(self) -> list[Enforced]:
+        """Read every live steering element back from the kernel."""
+
+    def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
+        """Make the kernel hold exactly these bindings, with the time each has left."""
+
+    def drops(self) -> dict[str, int]:
+        """Packets dropped so far, by reason."""

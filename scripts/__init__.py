@@ -1,0 +1,1 @@
+"""Runs: the aipaging command line, experiments, analysis and reports."""

@@ -1,0 +1,1 @@
+"""Experiments: each builds its network, runs, and leaves a result folder."""

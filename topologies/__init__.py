@@ -1,0 +1,1 @@
+"""Emulates: Mininet networks of UEs, gNBs, UPF, anchors and core, and their endpoint programs."""

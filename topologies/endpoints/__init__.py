@@ -1,0 +1,1 @@
+"""Programs that run inside emulated hosts: probe, UE agent, anchor server."""

@@ -1,0 +1,1 @@
+"""Enforces: the nftables gate, policy routing and QoS classes of the user plane function."""
