@@ -1,0 +1,64 @@
+"""What a user plane function is told about the network it stands in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+UE_PREFIXES = (IPv4Network("10.45.0.0/16"), IPv6Network("fd00:45::/64"))
+SERVICE_PREFIXES = (IPv4Network("198.18.0.0/15"), IPv6Network("fd00:a151::/64"))
+
+# The marks that select an anchor's route table: the upper half says "ours", the lower which anchor.
+MARK_BASE = 0x0A150000
+MARK_MASK = 0xFFFF0000
+MAX_ANCHORS = 0xFFFF
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorPort:
+    """Where an anchor (AEXF) is attached: the N6-side interface and the anchor's own addresses."""
+
+    name: str
+    interface: str
+    address4: IPv4Address
+    address6: IPv6Address
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A UE address and the N3-side interface on which it may be a source."""
+
+    interface: str
+    address: IPv4Address | IPv6Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    """Interfaces, anchors and UEs of one user plane function."""
+
+    n3_interfaces: tuple[str, ...]
+    anchors: tuple[AnchorPort, ...]
+    attachments: tuple[Attachment, ...]
+    qos_classes: Mapping[str, int] = field(default_factory=dict)  # QoS profile -> tc class id
+    ue_prefixes: tuple[IPv4Network, IPv6Network] = UE_PREFIXES
+    service_prefixes: tuple[IPv4Network, IPv6Network] = SERVICE_PREFIXES
+
+    def __post_init__(self) -> None:
+        names = [anchor.name for anchor in self.anchors]
+        if len(set(names)) != len(names):
+            raise ValueError("two anchors have the same name")
+        if len(names) > MAX_ANCHORS:
+            raise ValueError(f"more than {MAX_ANCHORS} anchors")
+        for interface in (*self.n3_interfaces, *(anchor.interface for anchor in self.anchors)):
+            if not 0 < len(interface.encode()) < 16:
+                raise ValueError(f"{interface!r} is no interface name")
+
+    def mark(self, anchor: str) -> int:
+        """Return the packet mark that steers to `anchor`. KeyError if there is no such anchor."""
+        for number, port in enumerate(self.anchors, start=1):
+            if port.name == anchor:
+                return MARK_BASE | number
+        raise KeyError(anchor)
+
+    def anchor(self, mark: int) -> str:
+        """Return the anchor that a mark steers to."""
+        return self.anchors[(mark & ~MARK_MASK) - 1].name

@@ -1,0 +1,160 @@
+"""nftables expressions, as pyroute2 encodes them: the few that the gate's rules are made of.
+
+Registers are numbered as in linux/netfilter/nf_tables.h: 1 to 4 are the 16-byte registers, 8 to 23
+the 4-byte ones that overlay them. Concatenated keys fill consecutive 4-byte registers.
+"""
+
+import struct
+from typing import Any
+
+Expression = dict[str, Any]
+
+REG_VERDICT = 0
+REG_1 = 1
+NETWORK_HEADER = 1
+TRANSPORT_HEADER = 2
+
+META_PRIORITY = 2
+META_MARK = 3
+META_IIFNAME = 6
+META_OIFNAME = 7
+META_NFPROTO = 15
+META_L4PROTO = 16
+CT_MARK = 3
+
+CMP_EQ = 0
+CMP_NEQ = 1
+
+DROP = 0
+ACCEPT = 1
+GOTO = -4
+
+
+def register(offset_bytes: int) -> int:
+    """Return the 4-byte register that lies `offset_bytes` into a concatenated key."""
+    return 8 + offset_bytes // 4
+
+
+def u32(value: int) -> bytes:
+    """Return a mark or class id as the kernel holds it in a register: host byte order."""
+    return struct.pack("=I", value)
+
+
+def _expression(name: str, *attributes: tuple[str, Any]) -> Expression:
+    return {
+        "attrs": [
+            ("NFTA_EXPR_NAME", name),
+            ("NFTA_EXPR_DATA", {"attrs": list(attributes)}),
+        ]
+    }
+
+
+def payload(base: int, offset: int, length: int, reg: int) -> Expression:
+    """Load `length` bytes of a header into a register."""
+    return _expression(
+        "payload",
+        ("NFTA_PAYLOAD_DREG", reg),
+        ("NFTA_PAYLOAD_BASE", base),
+        ("NFTA_PAYLOAD_OFFSET", offset),
+        ("NFTA_PAYLOAD_LEN", length),
+    )
+
+
+def meta_load(key: int, reg: int = REG_1) -> Expression:
+    """Load packet metadata into a register."""
+    return _expression("meta", ("NFTA_META_DREG", reg), ("NFTA_META_KEY", key))
+
+
+def meta_set(key: int, reg: int = REG_1) -> Expression:
+    """Set packet metadata from a register."""
+    return _expression("meta", ("NFTA_META_KEY", key), ("NFTA_META_SREG", reg))
+
+
+def ct_load_mark(reg: int = REG_1) -> Expression:
+    """Load the connection's mark into a register."""
+    return _expression("ct", ("NFTA_CT_DREG", reg), ("NFTA_CT_KEY", CT_MARK))
+
+
+def ct_set_mark(reg: int = REG_1) -> Expression:
+    """Set the connection's mark from a register."""
+    return _expression("ct", ("NFTA_CT_KEY", CT_MARK), ("NFTA_CT_SREG", reg))
+
+
+def immediate(value: bytes, reg: int = REG_1) -> Expression:
+    """Load a constant into a register."""
+    return _expression(
+        "immediate",
+        ("NFTA_IMMEDIATE_DREG", reg),
+        ("NFTA_IMMEDIATE_DATA", {"attrs": [("NFTA_DATA_VALUE", value)]}),
+    )
+
+
+def compare(value: bytes, reg: int = REG_1, operator: int = CMP_EQ) -> Expression:
+    """Go on only if the register compares to `value`."""
+    return _expression(
+        "cmp",
+        ("NFTA_CMP_SREG", reg),
+        ("NFTA_CMP_OP", operator),
+        ("NFTA_CMP_DATA", {"attrs": [("NFTA_DATA_VALUE", value)]}),
+    )
+
+
+def mask(bits: bytes, reg: int = REG_1) -> Expression:
+    """Keep only these bits of a register."""
+    return _expression(
+        "bitwise",
+        ("NFTA_BITWISE_SREG", reg),
+        ("NFTA_BITWISE_DREG", reg),
+        ("NFTA_BITWISE_LEN", len(bits)),
+        ("NFTA_BITWISE_MASK", {"attrs": [("NFTA_DATA_VALUE", bits)]}),
+        ("NFTA_BITWISE_XOR", {"attrs": [("NFTA_DATA_VALUE", bytes(len(bits)))]}),
+    )
+
+
+def in_set(name: str, *, absent: bool = False) -> Expression:
+    """Go on only if the key that starts in register 1 is (or is not) in the set."""
+    flags = {"NFT_LOOKUP_F_INV"} if absent else set()
+    return _expression(
+        "lookup",
+        ("NFTA_LOOKUP_SET", name),
+        ("NFTA_LOOKUP_SREG", REG_1),
+        ("NFTA_LOOKUP_FLAGS", flags),
+    )
+
+
+def from_map(name: str) -> Expression:
+    """Replace register 1 by what the map holds for the key that starts there, or stop the rule."""
+    return _expression(
+        "lookup",
+        ("NFTA_LOOKUP_SET", name),
+        ("NFTA_LOOKUP_SREG", REG_1),
+        ("NFTA_LOOKUP_DREG", REG_1),
+    )
+
+
+def counter() -> Expression:
+    """Count packets and bytes that get this far."""
+    return _expression("counter")
+
+
+def notrack() -> Expression:
+    """Leave the packet out of connection tracking."""
+    return {"attrs": [("NFTA_EXPR_NAME", "notrack")]}
+
+
+def verdict(code: int, chain: str | None = None) -> Expression:
+    """End the rule with a verdict; `chain` for GOTO."""
+    attributes: list[tuple[str, Any]] = [("NFTA_VERDICT_CODE", code)]
+    if chain is not None:
+        attributes.append(("NFTA_VERDICT_CHAIN", chain))
+    return _expression(
+        "immediate",
+        ("NFTA_IMMEDIATE_DREG", REG_VERDICT),
+        ("NFTA_IMMEDIATE_DATA", {"attrs": [("NFTA_DATA_VERDICT", {"attrs": attributes})]}),
+    )
+
+
+def goto(chain: str) -> Expression:
+    """Leave for another chain and do not come back."""
+    return verdict(GOTO, chain)
+

@@ -1,0 +1,372 @@
+"""The gate: lease-gated steering of one user plane function, enforced by its kernel.
+
+For each flow (UE, service) the gate knows which elements its lease calls for. An operation says
+what the flow should be next; the difference is sent as one atomic batch. Every element carries its
+lease's id and epoch, and a timeout that ends with the lease, whatever becomes of this process.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+
+from controlplane.enforcement import (
+    Binding,
+    EndDrain,
+    Enforced,
+    EnforcementError,
+    Flow,
+    Install,
+    Move,
+    Operation,
+    Reconciliation,
+    Renew,
+    Revoke,
+    StaleEpochError,
+    Usage,
+)
+from upf.config import GateConfig
+from upf.elements import Add, Counters, Delete, ElementChange
+from upf.expressions import u32
+from upf.nft_socket import BatchError, NftSocket
+from upf.readback import Element, drop_counters, read_element, read_elements, table_comment
+from upf.schema import FAMILIES, Schema, ifname_key
+
+NS_PER_MS = 1_000_000
+# A timeout counts from when the kernel handles the batch, at most this long after it was computed
+# (checked each time); it is shortened by as much, so that no element outlives its lease.
+GUARD_MS = 1
+MAX_REARM_TRIES = 20
+# A kernel timeout this close to what the journal says is the same deadline.
+SAME_DEADLINE_MS = 20
+
+ElementName = tuple[str, bytes]  # set, key
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What an element should be."""
+
+    data: bytes
+    comment: bytes
+    deadline_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _FlowState:
+    """Which lease a flow has, and which older ones still drain: (binding, until)."""
+
+    binding: Binding | None
+    draining: tuple[tuple[Binding, int], ...]
+    epoch: int  # the highest ever seen (fencing)
+
+
+_NO_LEASE = _FlowState(None, (), 0)
+
+
+class Gate:
+    """Implements `controlplane.enforcement.Enforcer` on nftables."""
+
+    def __init__(
+        self,
+        netns_path: str,
+        config: GateConfig,
+        *,
+        in_place_renewal: bool,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        """Open the gate's table in a namespace, making it if it is not there.
+
+        A table made by the same version for the same configuration is adopted with its live
+        leases. Any other of that name is replaced: its leases close, and `reconcile` opens again
+        what the journal knows. `in_place_renewal`: whether adding an element that exists renews
+        its timeout (Linux 6.12 and later); otherwise it is deleted and added in one batch.
+        """
+        self._config = config
+        self._in_place_renewal = in_place_renewal
+        self._clock = clock
+        self._socket = NftSocket(netns_path)
+        self._flows: dict[Flow, _FlowState] = {}
+        schema = Schema(config)
+        found = table_comment(self._socket)
+        if found == schema.fingerprint():
+            self._adopt()
+        else:
+            self._socket.commit_messages(schema.batch(replace=found is not None))
+
+    def close(self) -> None:
+        """Let go of the gate. Leases live on in the kernel until they expire."""
+        self._socket.close()
+
+    # Enforcer
+
+    def apply(self, operations: Sequence[Operation]) -> None:
+        """Apply all operations in one atomic batch (see Enforcer)."""
+        states: dict[Flow, _FlowState] = {}
+        for operation in operations:
+            for flow, state in self._next_states(operation, states):
+                states[flow] = state
+        self._commit(states)
+
+    def enforced(self) -> list[Enforced]:
+        """Read every live steering element back, with its lease's usage in both directions."""
+        entries = []
+        for family in FAMILIES:
+            answered: dict[tuple[bytes, bytes], Element] = {}
+            for element in read_elements(self._socket, family.name("return")):
+                answered[element.key[: 2 * family.address_bytes], element.comment] = element
+            for element in read_elements(self._socket, family.name("steer")):
+                downlink = answered.get((element.key, element.comment))
+                entries.append(self._enforced(element, downlink, family.address_bytes))
+        return entries
+
+    def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
+        """Make the kernel hold exactly these bindings, with the time each has left."""
+        held = {(entry.flow, entry.lease_id): entry for entry in self.enforced()}
+        adopted: set[str] = set()
+        installed: set[str] = set()
+        states: dict[Flow, _FlowState] = {}
+        known: set[Flow] = set()
+        now = self._clock()
+        for binding in live:
+            for flow in binding.flows:
+                known.add(flow)
+                entry = held.get((flow, binding.lease_id))
+                left_ms = (binding.expires_ns - now) // NS_PER_MS
+                same = (
+                    entry is not None
+                    and (entry.anchor, entry.epoch) == (binding.anchor, binding.epoch)
+                    and abs(entry.remaining_ms - left_ms) <= SAME_DEADLINE_MS
+                )
+                current = self._flows.get(flow, _NO_LEASE)
+                state = _FlowState(binding, current.draining, max(binding.epoch, current.epoch))
+                if same:
+                    self._flows[flow] = state
+                    adopted.add(binding.lease_id)
+                else:
+                    states[flow] = state
+                    installed.add(binding.lease_id)
+        strangers = {entry.lease_id for (flow, _), entry in held.items() if flow not in known}
+        for flow, state in self._flows.items():
+            if flow not in known and (state.binding or state.draining):
+                states[flow] = _FlowState(None, (), state.epoch)
+        self._commit(states)
+        return Reconciliation(
+            adopted=tuple(sorted(adopted - installed)),
+            installed=tuple(sorted(installed)),
+            removed=tuple(sorted(strangers)),
+        )
+
+    def drops(self) -> dict[str, int]:
+        """Packets dropped so far, by reason."""
+        return drop_counters(self._socket)
+
+    # From operations to flow states
+
+    def _next_states(
+        self, operation: Operation, pending: dict[Flow, _FlowState]
+    ) -> Iterator[tuple[Flow, _FlowState]]:
+        binding = operation.old if isinstance(operation, EndDrain) else _subject(operation)
+        for flow in binding.flows:
+            state = pending.get(flow) or self._flows.get(flow, _NO_LEASE)
+            yield flow, self._next_state(operation, state)
+
+    def _next_state(self, operation: Operation, state: _FlowState) -> _FlowState:
+        match operation:
+            case Install(new):
+                self._fence(new, state, at_least=state.epoch)
+                return _FlowState(new, state.draining, new.epoch)
+            case Move(new, old, drain_until_ns):
+                self._fence(new, state, at_least=state.epoch + 1)
+                until = min(drain_until_ns, old.expires_ns)
+                draining = tuple(
+                    (binding, end)
+                    for binding, end in state.draining
+                    if binding.anchor not in (old.anchor, new.anchor) and end > self._clock()
+                )
+                if old.anchor != new.anchor:
+                    draining += ((old, until),)
+                return _FlowState(new, draining, new.epoch)
+            case Renew(new):
+                self._fence(new, state, at_least=state.epoch)
+                return replace(state, binding=new)
+            case Revoke(old):
+                self._fence(old, state, at_least=state.epoch)
+                return _FlowState(None, (), state.epoch)
+            case EndDrain(old):
+                draining = tuple(
+                    (binding, end)
+                    for binding, end in state.draining
+                    if binding.lease_id != old.lease_id
+                )
+                return replace(state, draining=draining)
+
+    def _fence(self, binding: Binding, state: _FlowState, *, at_least: int) -> None:
+        if binding.epoch < at_least:
+            raise StaleEpochError(
+                f"lease {binding.lease_id} has epoch {binding.epoch}; the gate is at {state.epoch}"
+            )
+
+    # From flow states to elements
+
+    def _elements(self, flow: Flow, state: _FlowState) -> dict[ElementName, _Wanted]:
+        version = flow.ue.version
+        pair = flow.ue.packed + flow.service.packed
+        elements: dict[ElementName, _Wanted] = {}
+        for binding, until in state.draining:
+            comment, port = _comment(binding), self._port(binding)
+            back = (f"return{version}", pair + ifname_key(port))
+            elements[back] = _Wanted(b"", comment, until)
+            pinned = (f"drain{version}", pair + u32(self._config.mark(binding.anchor)))
+            elements[pinned] = _Wanted(b"", comment, until)
+        if state.binding is not None:
+            binding = state.binding
+            comment, until = _comment(binding), binding.expires_ns
+            mark = u32(self._config.mark(binding.anchor))
+            elements[f"steer{version}", pair] = _Wanted(mark, comment, until)
+            back = (f"return{version}", pair + ifname_key(self._port(binding)))
+            elements[back] = _Wanted(b"", comment, until)
+            class_id = self._config.qos_classes.get(binding.qos_profile)
+            if class_id is not None:
+                elements[f"qos{version}", pair] = _Wanted(u32(class_id), comment, until)
+        return elements
+
+    def _port(self, binding: Binding) -> str:
+        for anchor in self._config.anchors:
+            if anchor.name == binding.anchor:
+                return anchor.interface
+        raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
+
+    def _commit(self, states: dict[Flow, _FlowState]) -> None:
+        """Send the difference between what is and what should be as one batch."""
+        now = self._clock()
+        changes: list[ElementChange] = []
+        deadlines: dict[ElementName, _Wanted] = {}
+        for flow, state in states.items():
+            before = self._elements(flow, self._flows.get(flow, _NO_LEASE))
+            after = self._elements(flow, state)
+            for name in before.keys() - after.keys():
+                if before[name].deadline_ns > now:
+                    changes.append(Delete(*name))
+            for name, wanted in after.items():
+                current = before.get(name)
+                if current == wanted:
+                    continue
+                deadlines[name] = wanted
+                alive = current if current and current.deadline_ns > now else None
+                changes += self._change(name, alive, wanted, now)
+        try:
+            self._socket.commit(changes)
+        except BatchError as error:
+            raise EnforcementError(str(error)) from error
+        self._flows.update(states)
+        self._rearm(now, deadlines)
+
+    def _change(
+        self, name: ElementName, current: _Wanted | None, wanted: _Wanted, now: int
+    ) -> list[ElementChange]:
+        timeout_ms = _timeout_ms(wanted.deadline_ns, now)
+        if timeout_ms <= 0:
+            if current is not None:
+                return [Delete(*name)]
+            raise EnforcementError("the lease expires before the gate could open")
+        add = Add(name[0], name[1], timeout_ms, wanted.data, wanted.comment)
+        if current is None:
+            return [add]
+        if (current.data, current.comment) != (wanted.data, wanted.comment):
+            return [Delete(*name), add]
+        if self._in_place_renewal:
+            return [add]
+        found = read_element(self._socket, *name)
+        counters = Counters(found.packets, found.bytes) if found and found.counted else None
+        return [Delete(*name), replace(add, counters=counters)]
+
+    def _rearm(self, computed_ns: int, elements: dict[ElementName, _Wanted]) -> None:
+        """Correct timeouts that began to count too long after they were computed."""
+        for _ in range(MAX_REARM_TRIES):
+            now = self._clock()
+            if not elements or now - computed_ns <= GUARD_MS * NS_PER_MS:
+                return
+            computed_ns = now
+            changes: list[ElementChange] = []
+            for name, wanted in elements.items():
+                if _timeout_ms(wanted.deadline_ns, now) <= 0:
+                    changes.append(Delete(*name))
+                else:
+                    changes += self._change(name, wanted, wanted, now)
+            self._socket.commit(changes)
+        raise EnforcementError("this machine is too slow to time a lease")
+
+    # Back from the kernel
+
+    def _enforced(self, steer: Element, downlink: Element | None, size: int) -> Enforced:
+        lease_id, epoch = _parse_comment(steer.comment)
+        return Enforced(
+            lease_id=lease_id,
+            epoch=epoch,
+            flow=Flow(ip_address(steer.key[:size]), ip_address(steer.key[size:])),
+            anchor=self._config.anchor(steer.mark),
+            remaining_ms=steer.remaining_ms,
+            usage=Usage(
+                uplink_packets=steer.packets,
+                uplink_bytes=steer.bytes,
+                downlink_packets=downlink.packets if downlink else 0,
+                downlink_bytes=downlink.bytes if downlink else 0,
+            ),
+        )
+
+    def _adopt(self) -> None:
+        """Learn flows, epochs and drains from the live elements of an earlier process."""
+        now = self._clock()
+        ports = {ifname_key(anchor.interface): anchor.name for anchor in self._config.anchors}
+        for family in FAMILIES:
+            size = family.address_bytes
+            found: dict[Flow, _FlowState] = {}
+            for element in read_elements(self._socket, family.name("steer")):
+                binding = _binding(element, size, self._config.anchor(element.mark), now)
+                found[binding.flows[0]] = _FlowState(binding, (), binding.epoch)
+            for element in read_elements(self._socket, family.name("return")):
+                anchor = ports.get(element.key[2 * size :])
+                if anchor is None:
+                    continue
+                binding = _binding(element, size, anchor, now)
+                state = found.get(binding.flows[0], _NO_LEASE)
+                if state.binding and state.binding.lease_id == binding.lease_id:
+                    continue
+                found[binding.flows[0]] = _FlowState(
+                    state.binding,
+                    (*state.draining, (binding, binding.expires_ns)),
+                    max(state.epoch, binding.epoch),
+                )
+            self._flows.update(found)
+
+
+def _binding(element: Element, size: int, anchor: str, now_ns: int) -> Binding:
+    lease_id, epoch = _parse_comment(element.comment)
+    return Binding(
+        lease_id=lease_id,
+        epoch=epoch,
+        flows=(
+            Flow(ip_address(element.key[:size]), ip_address(element.key[size : 2 * size])),
+        ),
+        anchor=anchor,
+        qos_profile="",
+        expires_ns=now_ns + element.remaining_ms * NS_PER_MS,
+    )
+
+
+def _subject(operation: Install | Move | Renew | Revoke) -> Binding:
+    return operation.new if isinstance(operation, Move) else operation.binding
+
+
+def _timeout_ms(deadline_ns: int, now_ns: int) -> int:
+    return (deadline_ns - now_ns) // NS_PER_MS - GUARD_MS
+
+
+def _comment(binding: Binding) -> bytes:
+    return f"{binding.lease_id} {binding.epoch}".encode()
+
+
+def _parse_comment(comment: bytes) -> tuple[str, int]:
+    lease_id, _, epoch = comment.decode(errors="replace").rpartition(" ")
+    return lease_id, int(epoch) if epoch.isdigit() else 0

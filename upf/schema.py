@@ -1,0 +1,452 @@
+"""The gate's nftables table: sets, maps, chains and rules. None of it carries authority.
+
+    n3 --> uplink --> from_ue ----> to_service --> steer map: mark, accept
+              |          |              `--------> no_lease_uplink: count, drop
+              |          `--> anchor's own address: direct_to_anchor: count, drop
+              `--> not that UE's address: spoofed_source: count, drop
+    n6 --> downlink --> from_service --> return set: accept
+                                `------> no_lease_downlink: count, drop
+
+TCP connections are pinned by conntrack mark to the anchor on which they began (`drain` set); all
+other service traffic stays out of conntrack. Each address family has its own chains and sets
+(suffix 4 or 6), in one `inet` table so that one batch changes all of it.
+"""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any
+
+from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
+from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFPROTO_INET,
+    NFPROTO_IPV4,
+    NFPROTO_IPV6,
+    NFT_MSG_DELTABLE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWSET,
+    NFT_MSG_NEWSETELEM,
+    NFT_MSG_NEWTABLE,
+    nft_chain_msg,
+    nft_rule_msg,
+    nft_set_elem_list_msg,
+    nft_set_msg,
+    nft_table_msg,
+)
+
+from upf import expressions as nft
+from upf.config import MARK_BASE, MARK_MASK, GateConfig
+from upf.expressions import Expression
+
+TABLE = "aipaging"
+VERSION = 1
+DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
+
+PREROUTING, FORWARD = 0, 2
+PRIORITY_RAW, PRIORITY_MANGLE = -300, -150
+IFNAME_BYTES = 16
+IPPROTO_TCP = 6
+TCP_FLAGS_OFFSET, TCP_SYN, TCP_ACK = 13, 0x02, 0x10
+NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
+
+# nftables' own numbers for data types, so that `nft list table` prints the sets readably.
+TYPE_MARK, TYPE_CLASSID, TYPE_IFNAME = 19, 23, 41
+
+Message = Any  # pyroute2's message classes are untyped
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where one IP version keeps its addresses, and the suffix of its chains and sets."""
+
+    version: int
+    nfproto: int
+    address_type: int
+    address_bytes: int
+    source_offset: int
+    destination_offset: int
+
+    def name(self, stem: str) -> str:
+        """Return the name of this family's chain or set."""
+        return f"{stem}{self.version}"
+
+
+IPV4 = Family(4, NFPROTO_IPV4, 7, 4, 12, 16)
+IPV6 = Family(6, NFPROTO_IPV6, 8, 16, 8, 24)
+FAMILIES = (IPV4, IPV6)
+
+
+def family_of(version: int) -> Family:
+    """Return the family of an IP version."""
+    return IPV4 if version == 4 else IPV6
+
+
+def ifname_key(name: str) -> bytes:
+    """Return an interface name as the kernel compares it: 16 bytes, zero-padded."""
+    return name.encode().ljust(IFNAME_BYTES, b"\0")
+
+
+def _key(family: Family, *fields: str) -> list[Expression]:
+    """Load a concatenated key into the registers from 1 on."""
+    loads, offset = [], 0
+    for name in fields:
+        reg = nft.register(offset)
+        match name:
+            case "saddr":
+                load = nft.payload(
+                    nft.NETWORK_HEADER, family.source_offset, family.address_bytes, reg
+                )
+                offset += family.address_bytes
+            case "daddr":
+                load = nft.payload(
+                    nft.NETWORK_HEADER, family.destination_offset, family.address_bytes, reg
+                )
+                offset += family.address_bytes
+            case "iifname":
+                load = nft.meta_load(nft.META_IIFNAME, reg)
+                offset += IFNAME_BYTES
+            case "mark":
+                load = nft.meta_load(nft.META_MARK, reg)
+                offset += 4
+            case "ct mark":
+                load = nft.ct_load_mark(reg)
+                offset += 4
+            case _:
+                raise ValueError(name)
+        loads.append(load)
+    return loads
+
+
+def _within(family: Family, field: str, prefix: IPv4Network | IPv6Network) -> list[Expression]:
+    return [
+        *_key(family, field),
+        nft.mask(prefix.netmask.packed),
+        nft.compare(prefix.network_address.packed),
+    ]
+
+
+class Schema:
+    """Builds the batch that makes the gate for one configuration."""
+
+    def __init__(self, config: GateConfig) -> None:
+        self.config = config
+
+    def fingerprint(self) -> str:
+        """Return what tells this table from one of another version or configuration."""
+        digest = hashlib.sha256(repr((VERSION, self.config)).encode()).hexdigest()[:16]
+        return f"ai-paging gate {VERSION} {digest}"
+
+    def batch(self, *, replace: bool) -> list[Message]:
+        """Return the whole table as one batch; `replace` deletes a table of that name first."""
+        messages: list[Message] = []
+        if replace:
+            messages.append(message(nft_table_msg, NFT_MSG_DELTABLE, NFTA_TABLE_NAME=TABLE))
+        messages.append(
+            message(
+                nft_table_msg,
+                NFT_MSG_NEWTABLE,
+                NFTA_TABLE_NAME=TABLE,
+                NFTA_TABLE_USERDATA=self.fingerprint(),
+            )
+        )
+        messages += self._sets()
+        messages += self._chains()
+        for chain, expressions in self._rules():
+            messages.append(
+                message(
+                    nft_rule_msg,
+                    NFT_MSG_NEWRULE,
+                    NFTA_RULE_TABLE=TABLE,
+                    NFTA_RULE_CHAIN=chain,
+                    NFTA_RULE_EXPRESSIONS=expressions,
+                )
+            )
+        messages += self._elements()
+        return batch(messages)
+
+    # Sets and maps
+
+    def _sets(self) -> Iterator[Message]:
+        number = 0
+        host_order = struct.pack("=I", 1)  # how nft prints marks, class ids and interface names
+
+        def make(name: str, types: tuple[int, ...], length: int, **extra: Any) -> Message:
+            nonlocal number
+            number += 1
+            key_type = 0
+            for kind in types:
+                key_type = key_type << 6 | kind
+            flags = extra.pop("flags", set())
+            order = [("NFTNL_UDATA_SET_KEYBYTEORDER", host_order)] if types == (TYPE_IFNAME,) else []
+            if "NFTA_SET_DATA_TYPE" in extra:
+                order.append(("NFTNL_UDATA_SET_DATABYTEORDER", host_order))
+            return message(
+                nft_set_msg,
+                NFT_MSG_NEWSET,
+                NFTA_SET_TABLE=TABLE,
+                NFTA_SET_NAME=name,
+                NFTA_SET_ID=number,
+                NFTA_SET_FLAGS=flags,
+                NFTA_SET_KEY_TYPE=key_type,
+                NFTA_SET_KEY_LEN=length,
+                NFTA_SET_USERDATA=order,
+                **extra,
+            )
+
+        counter = {"NFTA_SET_EXPR": nft.counter()}
+        yield make("n3", (TYPE_IFNAME,), IFNAME_BYTES)
+        yield make("anchor_ports", (TYPE_IFNAME,), IFNAME_BYTES)
+        yield make("same", (TYPE_MARK, TYPE_MARK), 8)
+        yield make("home", (TYPE_IFNAME, TYPE_MARK), IFNAME_BYTES + 4)
+        for family in FAMILIES:
+            address, size = family.address_type, family.address_bytes
+            yield make(family.name("access"), (TYPE_IFNAME, address), IFNAME_BYTES + size)
+            yield make(family.name("anchors"), (address,), size)
+            for stem, data_type, extra in (
+                ("steer", TYPE_MARK, counter),
+                ("qos", TYPE_CLASSID, {}),
+            ):
+                yield make(
+                    family.name(stem),
+                    (address, address),
+                    2 * size,
+                    flags={"NFT_SET_MAP", "NFT_SET_TIMEOUT"},
+                    NFTA_SET_DATA_TYPE=data_type,
+                    NFTA_SET_DATA_LEN=4,
+                    **extra,
+                )
+            timed = {"NFT_SET_TIMEOUT"}
+            yield make(
+                family.name("return"),
+                (address, address, TYPE_IFNAME),
+                2 * size + IFNAME_BYTES,
+                flags=timed,
+                **counter,
+            )
+            yield make(
+                family.name("drain"), (address, address, TYPE_MARK), 2 * size + 4, flags=timed
+            )
+
+    def _elements(self) -> Iterator[Message]:
+        config = self.config
+        marks = {anchor.name: nft.u32(config.mark(anchor.name)) for anchor in config.anchors}
+        static: dict[str, list[bytes]] = {
+            "n3": [ifname_key(name) for name in config.n3_interfaces],
+            "anchor_ports": sorted({ifname_key(anchor.interface) for anchor in config.anchors}),
+            "same": [mark + mark for mark in marks.values()],
+            "home": [
+                ifname_key(anchor.interface) + marks[anchor.name] for anchor in config.anchors
+            ],
+            "anchors4": [anchor.address4.packed for anchor in config.anchors],
+            "anchors6": [anchor.address6.packed for anchor in config.anchors],
+            "access4": [],
+            "access6": [],
+        }
+        for attachment in config.attachments:
+            static[f"access{attachment.address.version}"].append(
+                ifname_key(attachment.interface) + attachment.address.packed
+            )
+        for name, keys in static.items():
+            for start in range(0, len(keys), 256):
+                yield element_message(
+                    NFT_MSG_NEWSETELEM,
+                    name,
+                    [{"attrs": [key_attribute(key)]} for key in keys[start : start + 256]],
+                )
+
+    # Chains and rules
+
+    def _chains(self) -> Iterator[Message]:
+        def make(name: str, hook: tuple[int, int] | None = None) -> Message:
+            base: dict[str, Any] = {}
+            if hook is not None:
+                number, priority = hook
+                base = {
+                    "NFTA_CHAIN_HOOK": {
+                        "attrs": [
+                            ("NFTA_HOOK_HOOKNUM", number),
+                            ("NFTA_HOOK_PRIORITY", priority),
+                        ]
+                    },
+                    "NFTA_CHAIN_POLICY": nft.ACCEPT,
+                    "NFTA_CHAIN_TYPE": "filter",
+                }
+            return message(
+                nft_chain_msg,
+                NFT_MSG_NEWCHAIN,
+                NFTA_CHAIN_TABLE=TABLE,
+                NFTA_CHAIN_NAME=name,
+                **base,
+            )
+
+        for reason in DROP_REASONS:
+            yield make(reason)
+        for family in FAMILIES:
+            for stem in ("to_service", "from_ue", "uplink", "from_service", "downlink", "forward"):
+                yield make(family.name(stem))
+        yield make("untracked", (PREROUTING, PRIORITY_RAW))
+        yield make("prerouting", (PREROUTING, PRIORITY_MANGLE))
+        yield make("forward", (FORWARD, PRIORITY_MANGLE))
+
+    def _rules(self) -> Iterator[tuple[str, list[Expression]]]:
+        for reason in DROP_REASONS:
+            yield reason, [nft.counter(), nft.verdict(nft.DROP)]
+        for family in FAMILIES:
+            yield from self._family_rules(family)
+
+        from_n3 = [nft.meta_load(nft.META_IIFNAME), nft.in_set("n3")]
+        not_n3 = [nft.meta_load(nft.META_IIFNAME), nft.in_set("n3", absent=True)]
+        ours = [
+            nft.meta_load(nft.META_MARK),
+            nft.mask(nft.u32(MARK_MASK)),
+            nft.compare(nft.u32(MARK_BASE)),
+        ]
+        for family in FAMILIES:
+            proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
+            yield "prerouting", [*proto, *from_n3, nft.goto(family.name("uplink"))]
+            yield "prerouting", [*proto, *not_n3, nft.goto(family.name("downlink"))]
+        yield "forward", [*ours, nft.verdict(nft.ACCEPT)]  # steered: its source was checked
+        for family in FAMILIES:
+            proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
+            yield "forward", [*proto, nft.goto(family.name("forward"))]
+
+    def _family_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
+        index = FAMILIES.index(family)
+        services = self.config.service_prefixes[index]
+        ues = self.config.ue_prefixes[index]
+        name = family.name
+        proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
+        tcp = [nft.meta_load(nft.META_L4PROTO), nft.compare(bytes([IPPROTO_TCP]))]
+        not_tcp = [
+            nft.meta_load(nft.META_L4PROTO),
+            nft.compare(bytes([IPPROTO_TCP]), operator=nft.CMP_NEQ),
+        ]
+        steer = [*_key(family, "saddr", "daddr"), nft.from_map(name("steer"))]
+
+        for field in ("daddr", "saddr"):
+            yield "untracked", [*proto, *_within(family, field, services), *not_tcp, nft.notrack()]
+
+        uplink = name("uplink")
+        yield (
+            uplink,
+            [
+                *_key(family, "iifname", "saddr"),
+                nft.in_set(name("access")),
+                nft.goto(name("from_ue")),
+            ],
+        )
+        yield uplink, [*_within(family, "daddr", services), nft.goto("spoofed_source")]
+
+        from_ue = name("from_ue")
+        yield from_ue, [*_within(family, "daddr", services), nft.goto(name("to_service"))]
+        yield (
+            from_ue,
+            [
+                *_key(family, "daddr"),
+                nft.in_set(name("anchors")),
+                nft.goto("direct_to_anchor"),
+            ],
+        )
+
+        to_service = name("to_service")
+        yield (
+            to_service,
+            [*not_tcp, *steer, nft.meta_set(nft.META_MARK), nft.verdict(nft.ACCEPT)],
+        )
+        yield to_service, [*not_tcp, nft.goto("no_lease_uplink")]
+        # TCP: a SYN of an unknown connection pins it to the anchor of the lease.
+        syn = [
+            nft.payload(nft.TRANSPORT_HEADER, TCP_FLAGS_OFFSET, 1, nft.REG_1),
+            nft.mask(bytes([TCP_SYN | TCP_ACK])),
+            nft.compare(bytes([TCP_SYN])),
+        ]
+        unpinned = [nft.ct_load_mark(), nft.compare(nft.u32(0))]
+        yield to_service, [*tcp, *syn, *unpinned, *steer, nft.ct_set_mark()]
+        # Later packets pass if the lease steers where the connection lives ...
+        yield to_service, [nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
+        yield to_service, [*steer, nft.meta_set(nft.META_MARK)]
+        same = [*_key(family, "mark", "ct mark"), nft.in_set("same")]
+        yield to_service, [*same, nft.verdict(nft.ACCEPT)]
+        # ... or if the place where it lives is draining.
+        draining = [*_key(family, "saddr", "daddr", "ct mark"), nft.in_set(name("drain"))]
+        to_pinned = [nft.ct_load_mark(), nft.meta_set(nft.META_MARK)]
+        yield to_service, [*draining, *to_pinned, nft.verdict(nft.ACCEPT)]
+        yield to_service, [nft.goto("no_lease_uplink")]
+
+        downlink = name("downlink")
+        yield downlink, [*_within(family, "saddr", services), nft.goto(name("from_service"))]
+        yield (
+            downlink,
+            [
+                nft.meta_load(nft.META_IIFNAME),
+                nft.in_set("anchor_ports"),
+                *_within(family, "daddr", ues),
+                nft.goto("no_lease_downlink"),
+            ],
+        )
+
+        from_service = name("from_service")
+        not_home = [*_key(family, "iifname", "ct mark"), nft.in_set("home", absent=True)]
+        yield from_service, [*tcp, *not_home, nft.goto("no_lease_downlink")]
+        leased = [*_key(family, "daddr", "saddr", "iifname"), nft.in_set(name("return"))]
+        yield from_service, [*leased, nft.verdict(nft.ACCEPT)]
+        yield from_service, [nft.goto("no_lease_downlink")]
+
+        forward = name("forward")
+        yield (
+            forward,
+            [
+                nft.meta_load(nft.META_IIFNAME),
+                nft.in_set("n3"),
+                *_key(family, "iifname", "saddr"),
+                nft.in_set(name("access"), absent=True),
+                nft.goto("spoofed_source"),
+            ],
+        )
+        qos = [*_key(family, "daddr", "saddr"), nft.from_map(name("qos"))]
+        yield (
+            forward,
+            [*_within(family, "saddr", services), *qos, nft.meta_set(nft.META_PRIORITY)],
+        )
+
+
+def message(kind: type, number: int, *, flags: int = 0, **attributes: Any) -> Message:
+    """Build one nf_tables request; `attributes` are named as in linux/netfilter/nf_tables.h."""
+    request = kind()
+    request["nfgen_family"] = NFPROTO_INET
+    request["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | number
+    request["header"]["flags"] = flags or NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND
+    request["attrs"] = list(attributes.items())
+    return request
+
+
+def key_attribute(key: bytes) -> tuple[str, Any]:
+    """Return the key of a set element as an attribute."""
+    return ("NFTA_SET_ELEM_KEY", {"attrs": [("NFTA_DATA_VALUE", key)]})
+
+
+def element_message(number: int, set_name: str, elements: list[dict[str, Any]]) -> Message:
+    """Build a request that adds, deletes or gets elements of a set."""
+    return message(
+        nft_set_elem_list_msg,
+        number,
+        NFTA_SET_ELEM_LIST_TABLE=TABLE,
+        NFTA_SET_ELEM_LIST_SET=set_name,
+        NFTA_SET_ELEM_LIST_ELEMENTS=elements,
+    )
+
+
+def batch(messages: list[Message]) -> list[Message]:
+    """Enclose messages so that the kernel applies all of them or none."""
+    ends = []
+    for number in (NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END):
+        end = nfgen_msg()
+        end["res_id"] = NFNL_SUBSYS_NFTABLES
+        end["header"]["type"] = number
+        end["header"]["flags"] = NLM_F_REQUEST
+        ends.append(end)
+    return [ends[0], *messages, ends[1]]
