@@ -5,6 +5,7 @@ AISI and one lease, and never outlives that lease.
 """
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 ISSUER = "ai-paging"
 ALGORITHM = "EdDSA"
 NS_PER_S = 1_000_000_000
-REQUIRED_CLAIMS = ["iss", "sub", "aud", "exp", "nbf", "jti", "scope", "lease", "epoch"]
+REQUIRED_CLAIMS = [
+    *("iss", "sub", "aud", "exp", "nbf", "jti"),
+    *("scope", "addresses", "lease", "epoch"),
+]
 
 
 class TokenError(Exception):
@@ -28,6 +32,7 @@ class Claims:
 
     token_id: str
     ue: str  # UE identity, `sub`
+    addresses: tuple[str, ...]  # from which the bearer may come
     aisi: str  # `aud`
     lease_id: str
     epoch: int
@@ -77,6 +82,7 @@ def issue(
     key: Ed25519PrivateKey,
     *,
     ue: str,
+    addresses: Sequence[str],
     aisi: str,
     lease_id: str,
     epoch: int,
@@ -89,6 +95,7 @@ def issue(
         {
             "iss": ISSUER,
             "sub": ue,
+            "addresses": list(addresses),
             "aud": aisi,
             "nbf": now_unix_ns // NS_PER_S,
             "exp": lease_expires_unix_ns // NS_PER_S,
@@ -120,6 +127,7 @@ def verify(key: Ed25519PublicKey, token: str, aisi: str) -> Claims:
     return Claims(
         token_id=claims["jti"],
         ue=claims["sub"],
+        addresses=tuple(claims["addresses"]),
         aisi=claims["aud"],
         lease_id=claims["lease"],
         epoch=claims["epoch"],

@@ -157,4 +157,3 @@ def verdict(code: int, chain: str | None = None) -> Expression:
 def goto(chain: str) -> Expression:
     """Leave for another chain and do not come back."""
     return verdict(GOTO, chain)
-

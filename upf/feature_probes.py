@@ -307,7 +307,8 @@ def _probe_here() -> dict[str, Any]:
         try:
             attempt()
         except NetlinkError as error:
-            reasons[name] = os.strerror(error.code)
+            absent = error.code in (errno.ENOENT, errno.EOPNOTSUPP)
+            reasons[name] = "not in this kernel" if absent else os.strerror(error.code)
         except Exception as error:  # one surprise must not hide what the others find
             reasons[name] = getattr(error, "strerror", None) or repr(error)
         else:

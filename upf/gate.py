@@ -104,8 +104,7 @@ class Gate:
         """Apply all operations in one atomic batch (see Enforcer)."""
         states: dict[Flow, _FlowState] = {}
         for operation in operations:
-            for flow, state in self._next_states(operation, states):
-                states[flow] = state
+            states |= dict(self._next_states(operation, states))
         self._commit(states)
 
     def enforced(self) -> list[Enforced]:
@@ -175,9 +174,11 @@ class Gate:
         match operation:
             case Install(new):
                 self._fence(new, state, at_least=state.epoch)
+                self._check_time(new)
                 return _FlowState(new, state.draining, new.epoch)
             case Move(new, old, drain_until_ns):
                 self._fence(new, state, at_least=state.epoch + 1)
+                self._check_time(new)
                 until = min(drain_until_ns, old.expires_ns)
                 draining = tuple(
                     (binding, end)
@@ -206,6 +207,10 @@ class Gate:
             raise StaleEpochError(
                 f"lease {binding.lease_id} has epoch {binding.epoch}; the gate is at {state.epoch}"
             )
+
+    def _check_time(self, binding: Binding) -> None:
+        if _timeout_ms(binding.expires_ns, self._clock()) <= 0:
+            raise EnforcementError(f"lease {binding.lease_id} is over before the gate could open")
 
     # From flow states to elements
 
@@ -245,9 +250,8 @@ class Gate:
         for flow, state in states.items():
             before = self._elements(flow, self._flows.get(flow, _NO_LEASE))
             after = self._elements(flow, state)
-            for name in before.keys() - after.keys():
-                if before[name].deadline_ns > now:
-                    changes.append(Delete(*name))
+            gone = before.keys() - after.keys()
+            changes += [Delete(*name) for name in gone if before[name].deadline_ns > now]
             for name, wanted in after.items():
                 current = before.get(name)
                 if current == wanted:
@@ -266,10 +270,8 @@ class Gate:
         self, name: ElementName, current: _Wanted | None, wanted: _Wanted, now: int
     ) -> list[ElementChange]:
         timeout_ms = _timeout_ms(wanted.deadline_ns, now)
-        if timeout_ms <= 0:
-            if current is not None:
-                return [Delete(*name)]
-            raise EnforcementError("the lease expires before the gate could open")
+        if timeout_ms <= 0:  # its time is over already
+            return [Delete(*name)] if current is not None else []
         add = Add(name[0], name[1], timeout_ms, wanted.data, wanted.comment)
         if current is None:
             return [add]
@@ -290,10 +292,7 @@ class Gate:
             computed_ns = now
             changes: list[ElementChange] = []
             for name, wanted in elements.items():
-                if _timeout_ms(wanted.deadline_ns, now) <= 0:
-                    changes.append(Delete(*name))
-                else:
-                    changes += self._change(name, wanted, wanted, now)
+                changes += self._change(name, wanted, wanted, now)
             self._socket.commit(changes)
         raise EnforcementError("this machine is too slow to time a lease")
 
@@ -346,9 +345,7 @@ def _binding(element: Element, size: int, anchor: str, now_ns: int) -> Binding:
     return Binding(
         lease_id=lease_id,
         epoch=epoch,
-        flows=(
-            Flow(ip_address(element.key[:size]), ip_address(element.key[size : 2 * size])),
-        ),
+        flows=(Flow(ip_address(element.key[:size]), ip_address(element.key[size : 2 * size])),),
         anchor=anchor,
         qos_profile="",
         expires_ns=now_ns + element.remaining_ms * NS_PER_MS,

@@ -84,7 +84,7 @@ class Namespace:
 def connect(
     left: Namespace, left_name: str, right: Namespace, right_name: str, *cidrs: tuple[str, str]
 ) -> None:
-    """Join two namespaces by a veth pair; each of `cidrs` is (left address/len, right address/len)."""
+    """Join two namespaces by a veth pair; each of `cidrs` is (left, right) as address/length."""
     with left.links() as links:
         links.link(
             "add",

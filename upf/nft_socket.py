@@ -127,7 +127,7 @@ class NftSocket:
 
     def _collect(self, wanted: int, kind: type) -> list[Any] | None:
         """Receive the answers to one query; None if the kernel says they are inconsistent."""
-        answers = []
+        answers: list[Any] = []
         consistent = True
         while True:
             data = self._socket.recv(RECEIVE_BYTES)

@@ -181,7 +181,9 @@ class Schema:
             for kind in types:
                 key_type = key_type << 6 | kind
             flags = extra.pop("flags", set())
-            order = [("NFTNL_UDATA_SET_KEYBYTEORDER", host_order)] if types == (TYPE_IFNAME,) else []
+            order = []
+            if types == (TYPE_IFNAME,):
+                order.append(("NFTNL_UDATA_SET_KEYBYTEORDER", host_order))
             if "NFTA_SET_DATA_TYPE" in extra:
                 order.append(("NFTNL_UDATA_SET_DATABYTEORDER", host_order))
             return message(

@@ -1,0 +1,175 @@
+"""What the experiments share: their options, their probe plan, and how they run isolated."""
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from controlplane.catalogue import Catalogue, load_catalogue
+from controlplane.controller import Settings
+from scripts import manifest
+from scripts.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError, require_root
+from scripts.records import MANIFEST_FILE, write_json
+from scripts.testbed import Testbed, check
+from topologies.endpoints.probe_plan import Direction, Flow, ProbePlan, Site
+from topologies.endpoints.probe_session import ProbeError
+from topologies.errors import TopologyError
+from topologies.isolation import run_isolated, scratch_dir
+from topologies.network import Network
+from topologies.spec import TopologySpec, UesSpec, load_topology
+from upf.features import Features, probe
+
+EVIDENCE_FILE = "evidence.jsonl"
+STATUS_FILE = "status.json"
+FIRST_PORT = 9_000
+DRAIN_MS = 100
+BUILT_IN_CATALOGUE = Path(__file__).parents[2] / "topologies" / "catalogue.yaml"
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """Options of every experiment."""
+
+    topology: str
+    catalogue: Path
+    task: str
+    rate_pps: int
+    ues: int | None
+    ip: int  # 4 or 6
+    seed: int
+    out: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A scenario as resolved: read, checked, and consistent."""
+
+    spec: TopologySpec
+    catalogue: Catalogue
+    features: Features
+    random: random.Random
+
+
+def resolve(common: Common) -> Scenario:
+    """Read and check everything that is given, before anything is made. Raises on bad input."""
+    spec = load_topology(common.topology)
+    if common.ues is not None:
+        spec = spec.model_copy(update={"ues": UesSpec(count=common.ues)})
+    catalogue = load_catalogue(common.catalogue)
+    check(spec, catalogue)
+    if common.out.exists() and (not common.out.is_dir() or any(common.out.iterdir())):
+        raise UserError(
+            f"{common.out} exists and is not empty: name a new folder with --out", EXIT_BAD_INPUT
+        )
+    require_root("an experiment")
+    return Scenario(spec, catalogue, probe(), random.Random(common.seed))
+
+
+def run(
+    common: Common, scenario: Scenario, body: Callable[[Testbed], None], *, break_allowed: bool
+) -> None:
+    """Run `body` on a testbed of its own, in a run that the kernel cleans up. Raises UserError."""
+    common.out.mkdir(parents=True, exist_ok=True)
+    folder = common.out.resolve()
+
+    def isolated() -> int:
+        try:
+            with ExitStack() as stack:
+                with console.status("building the network") as status:
+                    testbed = Testbed(
+                        scenario.spec,
+                        scenario.catalogue,
+                        scenario.features,
+                        scratch_dir(),
+                        folder / EVIDENCE_FILE,
+                        settings=Settings(drain_ms=DRAIN_MS, allow_break_before_make=break_allowed),
+                        progress=status.update,
+                    )
+                    stack.enter_context(testbed)
+                body(testbed)
+                write_json(folder / STATUS_FILE, testbed.request("GET", "/status"))
+        except (UserError, TopologyError, ProbeError) as error:
+            console.print(f"error: {error}", style="red", markup=False, highlight=False)
+            return EXIT_FAILED
+        return 0
+
+    if run_isolated(isolated) != 0:
+        raise UserError(f"the run failed; what it left is in {common.out}")
+
+
+def write_manifest(
+    common: Common, experiment: str, scenario: Scenario, network: Network, plan: ProbePlan
+) -> None:
+    """Write the manifest, before the first packet."""
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(common).items()}
+    write_json(
+        common.out / MANIFEST_FILE,
+        manifest.build(
+            experiment=experiment,
+            seed=common.seed,
+            options=options,
+            spec=scenario.spec,
+            catalogue=scenario.catalogue,
+            features=scenario.features,
+            network=network,
+            plan=plan,
+        ),
+    )
+
+
+def probe_plan(
+    common: Common,
+    network: Network,
+    answers: dict[str, dict[str, Any]],
+    anchors: Sequence[str],
+    directions: Sequence[Direction],
+    max_duration_s: float,
+) -> ProbePlan:
+    """Plan one flow per UE and direction, to the service address that each UE was answered.
+
+    `answers`: by UE name, the answer to its page. `anchors` hold the probe's sockets; the one a
+    UE was given comes first.
+    """
+    flows = []
+    for ue in network.ues:
+        answer = answers[ue.name]
+        given = answer["commit"]["anchor"]
+        for direction in directions:
+            number = len(flows)
+            flows.append(
+                Flow(
+                    id=number,
+                    ue=ue.name,
+                    direction=direction,
+                    ue_address=str(ue.address4 if common.ip == 4 else ue.address6),
+                    ue_port=FIRST_PORT + number,
+                    service_address=answer["serviceAddress"][f"ipv{common.ip}"],
+                    service_port=FIRST_PORT + number,
+                    anchors=(given, *(name for name in anchors if name != given)),
+                )
+            )
+    hosts = [*network.ues, *(network.anchors[name] for name in anchors)]
+    return ProbePlan(
+        sites=tuple(Site(name=host.name, netns=host.netns) for host in hosts),
+        flows=tuple(flows),
+        rate_pps=common.rate_pps,
+        max_duration_s=max_duration_s,
+    )
+
+
+def progress() -> Progress:
+    """Return a progress bar for long work, on stderr."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

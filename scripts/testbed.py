@@ -1,0 +1,239 @@
+"""The testbed: an emulated network with its anchors and its controller running in it."""
+
+import json
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from controlplane import aist
+from controlplane.catalogue import Catalogue
+from controlplane.configfile import ConfigError
+from controlplane.controller import Settings, Subscriber
+from scripts.controller import ControllerConfig, write_config
+from scripts.errors import UserError
+from topologies.hosts import Anchor, Host, Ue
+from topologies.network import Network
+from topologies.spec import TopologySpec
+from upf.config import AnchorPort, Attachment, GateConfig
+from upf.features import Features
+
+CONTROL_PORT = 8080
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 10.0
+
+
+def check(spec: TopologySpec, catalogue: Catalogue) -> None:
+    """Raise ConfigError if the catalogue names anchors that the topology does not have."""
+    have = {anchor.name for anchor in spec.anchors}
+    for anchor in catalogue.anchors:
+        if anchor.name not in have:
+            raise ConfigError(
+                f"the catalogue has an anchor {anchor.name}; topology {spec.name} has "
+                f"{', '.join(sorted(have))}"
+            )
+
+
+class Testbed:
+    """A context manager, to be entered inside an isolated run.
+
+    `folder` is for sockets, keys and logs; `journal` is the evidence log, on a real disk. Raises
+    UserError with a program's own words if one does not start or has died.
+    """
+
+    def __init__(
+        self,
+        spec: TopologySpec,
+        catalogue: Catalogue,
+        features: Features,
+        folder: Path,
+        journal: Path,
+        *,
+        settings: Settings | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.catalogue = catalogue
+        self.network = Network(spec, progress)
+        self._features = features
+        self._folder = folder
+        self.journal = journal
+        self._settings = settings or Settings()
+        self._progress = progress
+        self._stack = ExitStack()
+        self._programs: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self.network)
+            self._write_inputs()
+            self._progress("starting anchors and the controller")
+            for anchor in self.catalogue.anchors:
+                self._start_anchor(self.network.anchors[anchor.name])
+            self.start_controller()
+            self.operator = stack.enter_context(
+                httpx.Client(
+                    transport=httpx.HTTPTransport(uds=str(self.operator_socket)),
+                    base_url="http://controller",
+                    timeout=REQUEST_TIMEOUT_S,
+                    trust_env=False,
+                )
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def operator_socket(self) -> Path:
+        """The operator's way to the controller."""
+        return self._folder / "controller.sock"
+
+    @property
+    def core_url(self) -> str:
+        """The UEs' way to the controller."""
+        return f"http://{self.network.core.address4}:{CONTROL_PORT}"
+
+    # The controller
+
+    def start_controller(self) -> None:
+        """Start the controller and wait until it serves."""
+        command = [sys.executable, "-m", "scripts.controller", str(self._folder / "config.json")]
+        self._start("controller", self.network.core, command)
+
+    def kill_controller(self) -> int:
+        """SIGKILL the controller; return the Unix time in ns at which it was dead."""
+        program = self._programs["controller"]
+        program.kill()
+        program.wait()
+        return time.time_ns()
+
+    def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Ask the controller as the operator; return the JSON of its answer.
+
+        Raises UserError with the problem's detail if it refuses.
+        """
+        try:
+            answer = self.operator.request(method, path, json=body)
+        except httpx.HTTPError as error:
+            raise UserError(f"the controller does not answer ({error}){self._words('controller')}")
+        if answer.is_error:
+            detail = answer.json().get("detail", answer.text)
+            raise UserError(f"{method} {path}: {answer.status_code}: {detail}")
+        return answer.json() if answer.content else None
+
+    # User equipment
+
+    def page(self, ue: Ue, task: str, max_tokens: int = 1) -> dict[str, Any]:
+        """Let the UE's own agent page by intent, over the network, and read a few tokens."""
+        command = [
+            *(sys.executable, "-m", "topologies.endpoints.ue", "--core", self.core_url),
+            *("--task", task, "--max-tokens", str(max_tokens)),
+        ]
+        agent = ue.popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, errors = agent.communicate(timeout=START_TIMEOUT_S)
+        if agent.returncode != 0:
+            raise UserError(f"{ue.name} could not page: {(errors or out).decode().strip()}")
+        answer: dict[str, Any] = json.loads(out)
+        return answer
+
+    def check_alive(self) -> None:
+        """Raise UserError if one of the testbed's programs has died."""
+        self.network.check_alive()
+        for name, program in self._programs.items():
+            if program.poll() is not None:
+                raise UserError(f"{name} died with status {program.returncode}{self._words(name)}")
+
+    # How it starts
+
+    def _start_anchor(self, anchor: Anchor) -> None:
+        """One server per service that the anchor hosts."""
+        for hosting in self.catalogue.anchor(anchor.name).hosts:
+            service = self.catalogue.service(hosting.aisi)
+            self.network.add_service(anchor.name, service.address4, service.address6)
+            own, port = anchor.address4, service.port
+            command = [
+                *(sys.executable, "-m", "topologies.endpoints.anchor", "--name", anchor.name),
+                *("--service", str(service.address4), "--service", str(service.address6)),
+                *("--listen", f"{own}:{port}"),
+                *("--listen", f"{service.address4}:{port}"),
+                *("--listen", f"[{service.address6}]:{port}"),
+                *("--public-key", str(self._folder / "aist.pub")),
+                *("--services", str(self._folder / "services.json")),
+                *("--slots", str(self.catalogue.anchor(anchor.name).slots)),
+            ]
+            self._start(f"anchor-{anchor.name}-{port}", anchor, command)
+
+    def _start(self, name: str, host: Host, command: list[str]) -> None:
+        """Start a program and wait for its first line of output, which says that it is ready."""
+        with (self._folder / f"{name}.log").open("ab") as log:
+            program = host.popen(command, stdout=subprocess.PIPE, stderr=log)
+        self._programs[name] = program
+        assert program.stdout is not None
+        ready, _, _ = select.select([program.stdout], [], [], START_TIMEOUT_S)
+        if not ready or not program.stdout.readline():
+            program.kill()
+            program.wait()
+            raise UserError(f"{name} did not start{self._words(name)}")
+
+    def _words(self, name: str) -> str:
+        log = self._folder / f"{name}.log"
+        words = log.read_text(errors="replace").strip()[-2000:] if log.exists() else ""
+        return f":\n{words}" if words else ""
+
+    def _write_inputs(self) -> None:
+        folder = self._folder
+        key = aist.generate_key(folder / "aist.key")
+        aist.write_public_key(key, folder / "aist.pub")
+        (folder / "catalogue.json").write_text(self.catalogue.model_dump_json())
+        services = {
+            service.aisi: {"task": service.task, "model": service.model}
+            for service in self.catalogue.services
+        }
+        (folder / "services.json").write_text(json.dumps(services))
+        network = self.network
+        config = ControllerConfig(
+            upf_netns=network.upf.netns,
+            gate=gate_config(network),
+            in_place_renewal=self._features.in_place_renewal,
+            catalogue=folder / "catalogue.json",
+            anchor_addresses={name: anchor.address4 for name, anchor in network.anchors.items()},
+            subscribers=tuple(Subscriber(ue.name, ue.address4, ue.address6) for ue in network.ues),
+            journal=self.journal,
+            key=folder / "aist.key",
+            operator_socket=self.operator_socket,
+            addresses=(network.core.address4, network.core.address6),
+            port=CONTROL_PORT,
+            settings=self._settings,
+        )
+        write_config(folder / "config.json", config)
+
+
+def gate_config(network: Network) -> GateConfig:
+    """Describe an emulated network's UPF to the gate: every UE may come through every gNB."""
+    n3 = tuple(network.upf.n3_interfaces.values())
+    return GateConfig(
+        n3_interfaces=n3,
+        anchors=tuple(
+            AnchorPort(
+                name=anchor.name,
+                interface=anchor.upf_interface,
+                address4=anchor.address4,
+                address6=anchor.address6,
+            )
+            for anchor in network.anchors.values()
+        ),
+        attachments=tuple(
+            Attachment(interface, address)
+            for interface in n3
+            for ue in network.ues
+            for address in (ue.address4, ue.address6)
+        ),
+    )
