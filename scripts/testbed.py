@@ -123,7 +123,8 @@ class Testbed:
         try:
             answer = self.operator.request(method, path, json=body)
         except httpx.HTTPError as error:
-            raise UserError(f"the controller does not answer ({error}){self._words('controller')}")
+            words = self._words("controller")
+            raise UserError(f"the controller does not answer ({error}){words}") from error
         if answer.is_error:
             detail = answer.json().get("detail", answer.text)
             raise UserError(f"{method} {path}: {answer.status_code}: {detail}")

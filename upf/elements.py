@@ -20,7 +20,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from upf.schema import NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, TABLE
 
 # linux/netfilter/nf_tables.h
-_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS, _LIST_ELEM = 1, 2, 3, 1
+_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
 _ELEM_KEY, _ELEM_DATA, _ELEM_TIMEOUT, _ELEM_USERDATA, _ELEM_EXPR = 1, 2, 4, 6, 7
 _DATA_VALUE = 1
 _EXPR_NAME, _EXPR_DATA, _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2, 1, 2
@@ -90,8 +90,14 @@ def _key(key: bytes) -> bytes:
     return _attribute(_ELEM_KEY, _attribute(_DATA_VALUE, key))
 
 
-def encode_element(change: ElementChange) -> bytes:
-    """Encode one element as an attribute of the element list."""
+def encode_elements(changes: Sequence[ElementChange]) -> bytes:
+    """Encode elements as the attributes of a list, numbered from 1 as pyroute2 does."""
+    return b"".join(
+        _attribute(number, _element(change)) for number, change in enumerate(changes, start=1)
+    )
+
+
+def _element(change: ElementChange) -> bytes:
     body = _key(change.key)
     if isinstance(change, Add):
         if change.data:
@@ -110,7 +116,7 @@ def encode_element(change: ElementChange) -> bytes:
                     + _attribute(_COUNTER_PACKETS, _TIMEOUT.pack(change.counters.packets)),
                 ),
             )
-    return _attribute(_LIST_ELEM, body)
+    return body
 
 
 def encode_message(
@@ -166,7 +172,7 @@ def encode_batch(changes: Sequence[ElementChange], first_number: int) -> Encoded
                 ADD_TYPE if adding else DELETE_TYPE,
                 flags,
                 group[0].set_name,
-                b"".join(map(encode_element, group)),
+                encode_elements(group),
                 first_number + number,
             )
         )

@@ -137,7 +137,7 @@ def probe_plan(
     `answers`: by UE name, the answer to its page. `anchors` hold the probe's sockets; the one a
     UE was given comes first.
     """
-    flows = []
+    flows: list[Flow] = []
     for ue in network.ues:
         answer = answers[ue.name]
         given = answer["commit"]["anchor"]
