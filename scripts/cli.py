@@ -14,9 +14,35 @@ from controlplane.configfile import ConfigError
 from controlplane.enforcement import EnforcementError
 from scripts.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, UserError
 from topologies.errors import TopologyError
+from topologies.isolation import IsolationError
+from topologies.registry import LifecycleError
 
 # group or command -> (where it is, its line in the help)
 COMMANDS = {
+    "run": (
+        "scripts.experiments.commands:run",
+        "Run an experiment and report what packets did.",
+    ),
+    "report": (
+        "scripts.experiments.commands:report",
+        "Make summary and report again from a run's raw records.",
+    ),
+    "up": (
+        "scripts.background:up",
+        "Start a network in the background, for hands-on use.",
+    ),
+    "shell": (
+        "scripts.background:shell",
+        "Run a command in a host of that network.",
+    ),
+    "page": (
+        "scripts.background:page",
+        "Be a UE: ask by intent, then read tokens from the anchor.",
+    ),
+    "down": (
+        "scripts.background:down",
+        "Stop that network.",
+    ),
     "doctor": (
         "scripts.doctor:command",
         "Say what this machine has and lacks.",
@@ -86,7 +112,7 @@ def main() -> NoReturn:
         _end(str(error), EXIT_BAD_INPUT)
     except UserError as error:
         _end(str(error), error.exit_code)
-    except (TopologyError, EnforcementError) as error:
+    except (TopologyError, IsolationError, LifecycleError, EnforcementError) as error:
         _end(str(error), EXIT_FAILED)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(EXIT_INTERRUPTED)

@@ -5,7 +5,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -42,7 +42,7 @@ def check(spec: TopologySpec, catalogue: Catalogue) -> None:
 
 
 class Testbed:
-    """A context manager, to be entered inside an isolated run.
+    """The programs on an emulated network; a context manager.
 
     `folder` is for sockets, keys and logs; `journal` is the evidence log, on a real disk. Raises
     UserError with a program's own words if one does not start or has died.
@@ -50,30 +50,26 @@ class Testbed:
 
     def __init__(
         self,
-        spec: TopologySpec,
+        network: Network,
         catalogue: Catalogue,
         features: Features,
         folder: Path,
         journal: Path,
         *,
         settings: Settings | None = None,
-        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.catalogue = catalogue
-        self.network = Network(spec, progress)
+        self.network = network
         self._features = features
         self._folder = folder
         self.journal = journal
         self._settings = settings or Settings()
-        self._progress = progress
         self._stack = ExitStack()
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(self.network)
             self._write_inputs()
-            self._progress("starting anchors and the controller")
             for anchor in self.catalogue.anchors:
                 self._start_anchor(self.network.anchors[anchor.name])
             self.start_controller()

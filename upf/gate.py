@@ -36,7 +36,7 @@ NS_PER_MS = 1_000_000
 # A timeout counts from when the kernel handles the batch, at most this long after it was computed
 # (checked each time); it is shortened by as much, so that no element outlives its lease.
 GUARD_MS = 1
-MAX_REARM_TRIES = 20
+MAX_TRIES = 20
 # A kernel timeout this close to what the journal says is the same deadline.
 SAME_DEADLINE_MS = 20
 
@@ -64,6 +64,16 @@ class _FlowState:
 _NO_LEASE = _FlowState(None, (), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """An element to send; `replaces`: delete what is there first, and count on from `counters`."""
+
+    name: ElementName
+    wanted: _Wanted
+    replaces: bool
+    counters: Counters | None = None
+
+
 class Gate:
     """Implements `controlplane.enforcement.Enforcer` on nftables."""
 
@@ -87,6 +97,10 @@ class Gate:
         self._clock = clock
         self._socket = NftSocket(netns_path)
         self._flows: dict[Flow, _FlowState] = {}
+        self._anchors = {  # name -> mark and interface, as keys hold them
+            anchor.name: (u32(config.mark(anchor.name)), ifname_key(anchor.interface))
+            for anchor in config.anchors
+        }
         schema = Schema(config)
         found = table_comment(self._socket)
         if found == schema.fingerprint():
@@ -174,11 +188,11 @@ class Gate:
         match operation:
             case Install(new):
                 self._fence(new, state, at_least=state.epoch)
-                self._check_time(new)
+                self._check(new)
                 return _FlowState(new, state.draining, new.epoch)
             case Move(new, old, drain_until_ns):
                 self._fence(new, state, at_least=state.epoch + 1)
-                self._check_time(new)
+                self._check(new)
                 until = min(drain_until_ns, old.expires_ns)
                 draining = tuple(
                     (binding, end)
@@ -208,7 +222,9 @@ class Gate:
                 f"lease {binding.lease_id} has epoch {binding.epoch}; the gate is at {state.epoch}"
             )
 
-    def _check_time(self, binding: Binding) -> None:
+    def _check(self, binding: Binding) -> None:
+        if binding.anchor not in self._anchors:
+            raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
         if _timeout_ms(binding.expires_ns, self._clock()) <= 0:
             raise EnforcementError(f"lease {binding.lease_id} is over before the gate could open")
 
@@ -219,81 +235,73 @@ class Gate:
         pair = flow.ue.packed + flow.service.packed
         elements: dict[ElementName, _Wanted] = {}
         for binding, until in state.draining:
-            comment, port = _comment(binding), self._port(binding)
-            back = (f"return{version}", pair + ifname_key(port))
-            elements[back] = _Wanted(b"", comment, until)
-            pinned = (f"drain{version}", pair + u32(self._config.mark(binding.anchor)))
+            comment, (mark, port) = _comment(binding), self._anchors[binding.anchor]
+            elements[f"return{version}", pair + port] = _Wanted(b"", comment, until)
+            pinned = (f"drain{version}", pair + mark)
             elements[pinned] = _Wanted(b"", comment, until)
         if state.binding is not None:
             binding = state.binding
             comment, until = _comment(binding), binding.expires_ns
-            mark = u32(self._config.mark(binding.anchor))
+            mark, port = self._anchors[binding.anchor]
             elements[f"steer{version}", pair] = _Wanted(mark, comment, until)
-            back = (f"return{version}", pair + ifname_key(self._port(binding)))
-            elements[back] = _Wanted(b"", comment, until)
+            elements[f"return{version}", pair + port] = _Wanted(b"", comment, until)
             class_id = self._config.qos_classes.get(binding.qos_profile)
             if class_id is not None:
                 elements[f"qos{version}", pair] = _Wanted(u32(class_id), comment, until)
         return elements
 
-    def _port(self, binding: Binding) -> str:
-        for anchor in self._config.anchors:
-            if anchor.name == binding.anchor:
-                return anchor.interface
-        raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
-
     def _commit(self, states: dict[Flow, _FlowState]) -> None:
         """Send the difference between what is and what should be as one batch."""
         now = self._clock()
-        changes: list[ElementChange] = []
-        deadlines: dict[ElementName, _Wanted] = {}
+        gone: list[ElementName] = []
+        changes: list[_Change] = []
         for flow, state in states.items():
             before = self._elements(flow, self._flows.get(flow, _NO_LEASE))
+            before = {name: is_ for name, is_ in before.items() if is_.deadline_ns > now}
             after = self._elements(flow, state)
-            gone = before.keys() - after.keys()
-            changes += [Delete(*name) for name in gone if before[name].deadline_ns > now]
-            for name, wanted in after.items():
-                current = before.get(name)
-                if current == wanted:
-                    continue
-                deadlines[name] = wanted
-                alive = current if current and current.deadline_ns > now else None
-                changes += self._change(name, alive, wanted, now)
+            gone += before.keys() - after.keys()
+            changes += [
+                self._change(name, before.get(name), wanted)
+                for name, wanted in after.items()
+                if before.get(name) != wanted
+            ]
         try:
-            self._socket.commit(changes)
+            self._send(gone, changes)
         except BatchError as error:
             raise EnforcementError(str(error)) from error
         self._flows.update(states)
-        self._rearm(now, deadlines)
 
-    def _change(
-        self, name: ElementName, current: _Wanted | None, wanted: _Wanted, now: int
-    ) -> list[ElementChange]:
-        timeout_ms = _timeout_ms(wanted.deadline_ns, now)
-        if timeout_ms <= 0:  # its time is over already
-            return [Delete(*name)] if current is not None else []
-        add = Add(name[0], name[1], timeout_ms, wanted.data, wanted.comment)
+    def _change(self, name: ElementName, current: _Wanted | None, wanted: _Wanted) -> _Change:
+        """Decide how an element becomes what is wanted; `current`: what it is, if it lives."""
         if current is None:
-            return [add]
+            return _Change(name, wanted, replaces=False)
         if (current.data, current.comment) != (wanted.data, wanted.comment):
-            return [Delete(*name), add]
+            return _Change(name, wanted, replaces=True)
         if self._in_place_renewal:
-            return [add]
+            return _Change(name, wanted, replaces=False)
         found = read_element(self._socket, *name)
         counters = Counters(found.packets, found.bytes) if found and found.counted else None
-        return [Delete(*name), replace(add, counters=counters)]
+        return _Change(name, wanted, replaces=True, counters=counters)
 
-    def _rearm(self, computed_ns: int, elements: dict[ElementName, _Wanted]) -> None:
-        """Correct timeouts that began to count too long after they were computed."""
-        for _ in range(MAX_REARM_TRIES):
-            now = self._clock()
-            if not elements or now - computed_ns <= GUARD_MS * NS_PER_MS:
+    def _send(self, gone: list[ElementName], changes: list[_Change]) -> None:
+        """Send one batch. If it began to count too late to end in time, correct it at once."""
+        for _ in range(MAX_TRIES):
+            computed_ns = self._clock()
+            batch: list[ElementChange] = [Delete(*name) for name in gone]
+            for change in changes:
+                name, wanted = change.name, change.wanted
+                timeout_ms = _timeout_ms(wanted.deadline_ns, computed_ns)
+                if change.replaces or timeout_ms <= 0:
+                    batch.append(Delete(*name))
+                if timeout_ms > 0:
+                    batch.append(
+                        Add(*name, timeout_ms, wanted.data, wanted.comment, change.counters)
+                    )
+            self._socket.commit(batch)
+            if not changes or self._clock() - computed_ns <= GUARD_MS * NS_PER_MS:
                 return
-            computed_ns = now
-            changes: list[ElementChange] = []
-            for name, wanted in elements.items():
-                changes += self._change(name, wanted, wanted, now)
-            self._socket.commit(changes)
+            gone = []
+            changes = [self._change(c.name, c.wanted, c.wanted) for c in changes]
         raise EnforcementError("this machine is too slow to time a lease")
 
     # Back from the kernel

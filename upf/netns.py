@@ -5,6 +5,7 @@ the last process that has it open, however that process ends.
 """
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -43,6 +44,20 @@ def _in_thread(enter: Callable[[], object], function: Callable[[], Result]) -> R
     return results[0]
 
 
+def route_socket(path: str) -> IPRoute:
+    """Open pyroute2's route socket in the network namespace at `path`.
+
+    Not by `IPRoute(netns=path)`: that forks a process per socket, and with many of them open
+    replies were seen to be lost.
+    """
+
+    def make() -> int:
+        handle = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE)
+        return handle.detach()
+
+    return IPRoute(fileno=in_namespace(path, make))
+
+
 class Namespace:
     """An anonymous network namespace with `lo` up; `path` opens it from this process or a child."""
 
@@ -64,7 +79,7 @@ class Namespace:
 
     def links(self) -> IPRoute:
         """Open a route socket inside."""
-        return IPRoute(netns=self.path)
+        return route_socket(self.path)
 
     def run(self, function: Callable[[], Result]) -> Result:
         """Call `function` inside."""

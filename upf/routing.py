@@ -12,6 +12,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from upf.config import MARK_BASE, MARK_MASK, GateConfig
+from upf.netns import route_socket
 
 FIRST_TABLE = 45_001
 RULE_PRIORITY = 4_500
@@ -24,7 +25,7 @@ class RoutingError(Exception):
 
 def install(netns_path: str, config: GateConfig) -> None:
     """Install rules and tables for every anchor, replacing ours of an earlier run; read back."""
-    with IPRoute(netns=netns_path) as routes:
+    with route_socket(netns_path) as routes:
         _remove(routes)
         for number, anchor in enumerate(config.anchors):
             found = routes.link_lookup(ifname=anchor.interface)
@@ -53,7 +54,7 @@ def install(netns_path: str, config: GateConfig) -> None:
 
 def remove(netns_path: str) -> None:
     """Remove our rules and tables."""
-    with IPRoute(netns=netns_path) as routes:
+    with route_socket(netns_path) as routes:
         _remove(routes)
 
 

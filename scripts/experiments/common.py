@@ -83,14 +83,15 @@ def run(
         try:
             with ExitStack() as stack:
                 with console.status("building the network") as status:
+                    network = stack.enter_context(Network(scenario.spec, status.update))
+                    status.update("starting anchors and the controller")
                     testbed = Testbed(
-                        scenario.spec,
+                        network,
                         scenario.catalogue,
                         scenario.features,
                         scratch_dir(),
                         folder / EVIDENCE_FILE,
                         settings=Settings(drain_ms=DRAIN_MS, allow_break_before_make=break_allowed),
-                        progress=status.update,
                     )
                     stack.enter_context(testbed)
                 body(testbed)

@@ -62,9 +62,7 @@ class _Run:
         answers = {ue.name: self._page(ue, TTL_MS[0]) for ue in ues}
         duration_s = rounds * (TTL_MS[1] / 1000 + RESTART_S) + SLACK_S
         anchors = [anchor.name for anchor in self._scenario.catalogue.anchors]
-        plan = common.probe_plan(
-            options, testbed.network, answers, anchors, DIRECTIONS, duration_s
-        )
+        plan = common.probe_plan(options, testbed.network, answers, anchors, DIRECTIONS, duration_s)
         common.write_manifest(options, "expiry", self._scenario, testbed.network, plan)
         self._sources = {
             flow.ue: (flow.id, flow.anchors[0])

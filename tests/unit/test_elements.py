@@ -72,7 +72,9 @@ def test_deletions_equal_pyroute2(change: Delete) -> None:
     message = element_message(NFT_MSG_DELSETELEM, change.set_name, [as_pyroute2(change)])
     message["header"]["flags"] = DELETE_FLAGS
     message.encode()
-    packed = encode_message(DELETE_TYPE, DELETE_FLAGS, change.set_name, encode_elements([change]), 0)
+    packed = encode_message(
+        DELETE_TYPE, DELETE_FLAGS, change.set_name, encode_elements([change]), 0
+    )
     assert packed == bytes(message.data)
 
 

@@ -84,7 +84,9 @@ def outcome_of(state: State, command: lease.Command, now_ns: int) -> object:
     except LeaseError as error:
         assert error.lease_id == TERMS.lease_id
         return REFUSED
-    return after.end_reason if after.state is State.ENDED and state is not State.ENDED else after.state
+    return (
+        after.end_reason if after.state is State.ENDED and state is not State.ENDED else after.state
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: type(command).__name__)

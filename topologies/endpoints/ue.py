@@ -168,30 +168,33 @@ def analyse(
     )
 
 
+def ask(core: str, intent: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+    """Page by intent, then read one stream; return both as JSON values, without the token.
+
+    Raises PagingError if the network grants nothing.
+    """
+    paged = page(core, intent)
+    report = stream(paged.answer, "Count.", max_tokens)
+    return {
+        "transaction_ms": paged.transaction_ms,
+        "answer": paged.answer.model_dump(by_alias=True, exclude={"aist"}),
+        "stream": asdict(report),
+    }
+
+
 def main() -> None:
-    """Page, read one stream, print both as JSON; exit code 1 if either fails."""
+    """Ask and print the result as JSON; exit code 1 if paging or the stream fails."""
     parser = argparse.ArgumentParser(prog="ue", description="UE agent")
     parser.add_argument("--core", required=True, metavar="URL")
     parser.add_argument("--task", required=True, help="Hugging Face pipeline tag")
     parser.add_argument("--max-tokens", type=int, default=64)
     options = parser.parse_args()
     try:
-        paged = page(options.core, {"task": options.task})
+        result = ask(options.core, {"task": options.task}, options.max_tokens)
     except PagingError as error:
         raise SystemExit(f"error: {error}") from None
-    report = stream(paged.answer, "Count.", options.max_tokens)
-    answer = paged.answer.model_dump(by_alias=True, exclude={"aist"})
-    print(
-        json.dumps(
-            {
-                "transaction_ms": paged.transaction_ms,
-                "answer": answer,
-                "stream": asdict(report),
-            },
-            indent=2,
-        )
-    )
-    if not report.complete:
+    print(json.dumps(result, indent=2))
+    if not result["stream"]["complete"]:
         raise SystemExit(1)
 
 

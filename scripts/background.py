@@ -1,0 +1,99 @@
+"""`aipaging up`, `shell`, `page` and `down`: a network that runs in the background, to try out."""
+
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from controlplane.catalogue import load_catalogue
+from scripts.errors import EXIT_FAILED, UserError, require_root
+from scripts.experiments.common import BUILT_IN_CATALOGUE, EVIDENCE_FILE
+from scripts.testbed import CONTROL_PORT, Testbed, check
+from topologies import addressing, lifecycle
+from topologies.endpoints import ue
+from topologies.isolation import scratch_dir
+from topologies.network import Network
+from topologies.spec import load_topology
+from upf.features import probe
+
+
+@click.command()
+@click.argument("file", default="two-edge")
+@click.option(
+    "--catalogue",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=BUILT_IN_CATALOGUE,
+    help="Services and anchors; by default topologies/catalogue.yaml.",
+)
+@click.option(
+    "--evidence",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to keep the evidence log; by default it goes with the network.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+def up(file: str, catalogue: Path, evidence: Path | None, as_json: bool) -> None:
+    """Start the network of FILE (or a built-in one), its anchors and its controller.
+
+    \b
+    Then, for example:
+      aipaging shell ue1 aipaging page --task text-generation
+      aipaging shell upf nft list table inet aipaging
+      aipaging down
+    """
+    require_root("an emulated network")
+    spec = load_topology(file)
+    services = load_catalogue(catalogue)
+    check(spec, services)
+    features = probe()
+    journal = evidence.resolve() if evidence else None
+
+    def furnish(network: Network) -> AbstractContextManager[object]:
+        folder = scratch_dir()
+        return Testbed(network, services, features, folder, journal or folder / EVIDENCE_FILE)
+
+    registration = lifecycle.up(spec, furnish)
+    if as_json:
+        click.echo(registration.model_dump_json(indent=2))
+    else:
+        click.echo("\n".join(registration.describe()))
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.argument("host")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def shell(host: str, command: tuple[str, ...]) -> int:
+    """Run COMMAND (by default your shell) in HOST of the network that is up."""
+    require_root("entering an emulated host")
+    return lifecycle.shell(host, command)
+
+
+@click.command()
+def down() -> None:
+    """Stop the network that is up."""
+    require_root("stopping an emulated network")
+    for registration in lifecycle.down():
+        click.echo(f"stopped {registration.topology} (run {registration.run_id})")
+
+
+@click.command()
+@click.option("--task", required=True, help="Hugging Face pipeline tag, such as text-generation.")
+@click.option("--duration-ms", type=int, help="How long a lease to ask for.")
+@click.option("--max-tokens", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--core", metavar="URL", help="The controller; by default the core host's.")
+def page(task: str, duration_ms: int | None, max_tokens: int, core: str | None) -> int:
+    """Ask for a service by intent, then read tokens from wherever the network put it.
+
+    To be run in a UE: aipaging shell ue1 aipaging page --task text-generation
+    """
+    intent: dict[str, Any] = {"task": task}
+    if duration_ms is not None:
+        intent["durationMs"] = duration_ms
+    core = core or f"http://{addressing.core().address4}:{CONTROL_PORT}"
+    try:
+        result = ue.ask(core, intent, max_tokens)
+    except ue.PagingError as error:
+        raise UserError(str(error)) from error
+    click.echo(json.dumps(result, indent=2))
+    return 0 if result["stream"]["complete"] else EXIT_FAILED

@@ -1,0 +1,91 @@
+"""What the benchmarks share: summaries of samples, the JSON they write, tables and progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from controlplane.clock import rfc3339
+from scripts import manifest, statistics
+from scripts.errors import UserError
+from scripts.records import write_json
+
+SCHEMA_VERSION = 1
+QUANTILES = ("p50", "p90", "p99")
+
+console = Console(stderr=True)
+
+
+def quantiles(samples: ArrayLike) -> dict[str, float]:
+    """Return p50, p90, p99 and the count of samples; the unit is that of the samples."""
+    values = np.asarray(samples, float)
+    return {**statistics.quantiles(values, QUANTILES), "count": int(values.size)}
+
+
+def ratio(values: Sequence[float], seed: int) -> dict[str, Any]:
+    """Return the median of paired ratios, its 95 % bootstrap interval, their p10, p90 and count."""
+    low, high = statistics.median_interval(values, seed)
+    p10, p50, p90 = np.percentile(values, [10, 50, 90])
+    return {
+        "p50": float(p50),
+        "ci95": [low, high],
+        "p10": float(p10),
+        "p90": float(p90),
+        "count": len(values),
+    }
+
+
+def steps(description: str, count: int) -> Iterator[int]:
+    """Count rounds, with a progress bar where stderr is a terminal."""
+    bar = Progress(
+        TextColumn(description),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar:
+        yield from bar.track(range(count))
+
+
+def write_result(
+    path: Path, *, benchmark: str, seed: int, options: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Write figures with what one needs to know to believe, or repeat, them."""
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "benchmark": benchmark,
+        "finished_at": rfc3339(time.time_ns()),
+        "seed": seed,
+        "options": options,
+        **figures,
+        "machine": manifest.machine(),
+        "software": manifest.software(),
+        "sysctls": manifest.sysctls(),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
+) -> None:
+    """Print a table on the terminal: first column to the left, figures to the right."""
+    table = Table(title=title, caption=caption or None)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

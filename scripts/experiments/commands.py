@@ -1,0 +1,199 @@
+"""`aipaging run ...` and `aipaging report`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+from scripts.cli import LazyGroup
+from scripts.errors import EXIT_BAD_INPUT, UserError
+from scripts.experiments import common
+from topologies.endpoints.probe_plan import MAX_RATE_PPS
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+run = LazyGroup(
+    name="run",
+    commands_at={
+        "relocation": (
+            "scripts.experiments.commands:relocation",
+            "Move live traffic between two anchors; count what is lost.",
+        ),
+        "expiry": (
+            "scripts.experiments.commands:expiry",
+            "Let leases expire, the controller dead in half; count what still passes.",
+        ),
+    },
+    help="Run an experiment on a network of its own; leaves a result folder with raw records, "
+    "summary.json and report.html.",
+)
+
+
+def _common_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option(
+                "--topology",
+                default="two-edge",
+                show_default=True,
+                help="Built-in name (two-edge, two-edge-far) or a file like those.",
+            ),
+            click.option(
+                "--catalogue",
+                type=click.Path(dir_okay=False, path_type=Path),
+                default=common.BUILT_IN_CATALOGUE,
+                help="Services and anchors; by default topologies/catalogue.yaml.",
+            ),
+            click.option(
+                "--task",
+                default="text-generation",
+                show_default=True,
+                help="What UEs ask for: a Hugging Face pipeline tag.",
+            ),
+            click.option(
+                "--rate",
+                "rate_pps",
+                type=click.IntRange(10, MAX_RATE_PPS),
+                default=1_000,
+                show_default=True,
+                help="Packets per second of each probe flow; 1/rate is the resolution.",
+            ),
+            click.option(
+                "--ues",
+                type=click.IntRange(1, 250),
+                help="How many UEs; by default as the topology says.",
+            ),
+            click.option(
+                "--ip",
+                type=click.Choice(["4", "6"]),
+                default="4",
+                show_default=True,
+                help="Version.",
+            ),
+            click.option("--seed", type=int, default=1, show_default=True, help="Of all choices."),
+            click.option(
+                "--out",
+                required=True,
+                type=click.Path(file_okay=False, path_type=Path),
+                help="Result folder; must be new or empty.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@_common_options
+@click.option(
+    "--arms",
+    default="none,mbb,bbm",
+    show_default=True,
+    help="none: no relocation, the noise floor; mbb: make before break; bbm: break before make, "
+    "the control that must lose packets. Interleaved in random order.",
+)
+@click.option(
+    "--relocations",
+    type=click.IntRange(1, 100_000),
+    default=100,
+    show_default=True,
+    help="Relocations per arm.",
+)
+@click.option(
+    "--between",
+    default="edge1,edge2",
+    show_default=True,
+    help="The two anchors to relocate between.",
+)
+@click.option(
+    "--window-ms",
+    type=click.IntRange(100, 60_000),
+    default=300,
+    show_default=True,
+    help="How long an episode lasts: its packets are those sent in it.",
+)
+def relocation(**options: Any) -> None:
+    """Move live traffic between two anchors; count what is lost.
+
+    Every UE asks for a service by intent. Then uplink, downlink and request/response probes run
+    without pause while one UE after another is relocated, each episode by another arm.
+
+    \b
+    The run of the README:
+      aipaging run relocation --arms none,mbb,bbm --relocations 100 --rate 5000 --out results/r
+    """
+    from scripts.experiments import relocation as experiment
+
+    arms = _names(options.pop("arms"))
+    for arm in arms:
+        if arm not in experiment.ARMS:
+            raise UserError(
+                f"--arms: there is no arm {arm}; there are {', '.join(experiment.ARMS)}",
+                EXIT_BAD_INPUT,
+            )
+    between = _names(options.pop("between"))
+    if len(between) != 2:
+        raise UserError("--between: name two different anchors, as in edge1,edge2", EXIT_BAD_INPUT)
+    experiment.run(
+        experiment.Options(arms=arms, between=(between[0], between[1]), **_typed(options))
+    )
+    _finish(options["out"])
+
+
+@click.command()
+@_common_options
+@click.option(
+    "--leases",
+    type=click.IntRange(1, 100_000),
+    default=200,
+    show_default=True,
+    help="How many leases to let expire.",
+)
+def expiry(**options: Any) -> None:
+    """Let leases expire while probes run; count what passes after a deadline.
+
+    Leases are of random length. In half of the rounds the controller is killed (SIGKILL) right
+    after it granted, so that nothing of ours is left to end them: only the kernel is.
+    """
+    from scripts.experiments import expiry as experiment
+
+    experiment.run(experiment.Options(**_typed(options)))
+    _finish(options["out"])
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(folder: Path) -> None:
+    """Make summary.json, plots and report.html in FOLDER again, from its raw records alone."""
+    _finish(folder)
+
+
+def _finish(folder: Path) -> None:
+    """Analyse, report, and end with the table and where the report is."""
+    from scripts.analysis import analyse
+    from scripts.records import ResultFolderError
+    from scripts.report import build_report
+    from scripts.summary_table import render
+
+    with common.console.status("analysing the records"):
+        try:
+            summary = analyse(folder)
+            report_file = build_report(folder)
+        except ResultFolderError as error:
+            raise UserError(str(error), EXIT_BAD_INPUT) from error
+    console = Console()
+    console.print(render(summary))
+    for problem in summary["probe"]["problems"]:
+        console.print(f"Beware: {problem}.", style="yellow", highlight=False)
+    console.print(f"report: {report_file}", highlight=False, soft_wrap=True)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Split a list at its commas; each name once, in order."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _typed(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "ip": int(options["ip"])}

@@ -1,0 +1,205 @@
+"""The result folder: the names and columns of its files, written by a run, read by the analysis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from topologies.endpoints.probe_records import (
+    RECEIVED_FILE,
+    SENT_FILE,
+    STATS_FILE,
+    UNSENT_FILE,
+)
+
+MANIFEST_FILE = "manifest.json"
+EPISODES_FILE = "episodes.parquet"
+LEASES_FILE = "leases.parquet"
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
+PLOTS_FOLDER = "plots"
+
+Columns = dict[str, NDArray[Any]]
+
+
+class ResultFolderError(ValueError):
+    """A result folder lacks something or contradicts itself; the message names the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One relocation, or for arm `none` a stretch of time in which nothing was relocated.
+
+    Instants are CLOCK_REALTIME ns, 0 where they do not apply.
+    """
+
+    episode: int
+    arm: str
+    ue: str
+    source: str
+    target: str
+    start_ns: int
+    """Packets of the UE that were sent from here ..."""
+    end_ns: int
+    """... to before here belong to the episode."""
+    request_ns: int = 0
+    prepared_ns: int = 0
+    committed_ns: int = 0
+    kernel_ack_ns: int = 0
+    answered_ns: int = 0
+    switched_ns: int = 0
+    """The downlink's first packet from the target."""
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """One lease that was left to expire. Instants are CLOCK_REALTIME ns."""
+
+    lease: int
+    ue: str
+    lease_id: str
+    granted_ns: int
+    kernel_ack_ns: int
+    deadline_ns: int
+    ttl_ms: int
+    controller_killed: bool
+    killed_ns: int = 0
+
+
+_NS, _TEXT = pa.int64(), pa.string()
+EPISODES_SCHEMA = pa.schema(
+    [("episode", pa.int32())]
+    + [(name, _TEXT) for name in ("arm", "ue", "source", "target")]
+    + [
+        (f"{name}_ns", _NS)
+        for name in (
+            "start",
+            "end",
+            "request",
+            "prepared",
+            "committed",
+            "kernel_ack",
+            "answered",
+            "switched",
+        )
+    ]
+    + [("epoch", pa.int32())]
+)
+LEASES_SCHEMA = pa.schema(
+    [
+        ("lease", pa.int32()),
+        ("ue", _TEXT),
+        ("lease_id", _TEXT),
+        ("granted_ns", _NS),
+        ("kernel_ack_ns", _NS),
+        ("deadline_ns", _NS),
+        ("ttl_ms", pa.int32()),
+        ("controller_killed", pa.bool_()),
+        ("killed_ns", _NS),
+    ]
+)
+
+
+def write_episodes(folder: Path, episodes: Sequence[Episode]) -> None:
+    """Write `episodes.parquet`."""
+    table = pa.Table.from_pylist([asdict(episode) for episode in episodes], EPISODES_SCHEMA)
+    pq.write_table(table, folder / EPISODES_FILE, compression="zstd")
+
+
+def write_leases(folder: Path, leases: Sequence[Lease]) -> None:
+    """Write `leases.parquet`."""
+    table = pa.Table.from_pylist([asdict(lease) for lease in leases], LEASES_SCHEMA)
+    pq.write_table(table, folder / LEASES_FILE, compression="zstd")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write JSON as the folder's files have it: indented, one newline at the end, no NaN."""
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEntry:
+    """What the analysis needs of a flow of the manifest."""
+
+    id: int
+    ue: str
+    direction: str
+
+
+class ResultFolder:
+    """A finished run, read from disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = self._json(MANIFEST_FILE)
+        try:
+            self.experiment: str = self.manifest["experiment"]
+            self.seed = int(self.manifest["seed"])
+            self.rate_pps = int(self.manifest["rate_pps"])
+            self.waiting_time_ms = int(self.manifest["waiting_time_ms"])
+            self.sites: list[str] = [site["name"] for site in self.manifest["sites"]]
+            self.flows = [
+                FlowEntry(int(flow["id"]), flow["ue"], flow["direction"])
+                for flow in self.manifest["flows"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise ResultFolderError(f"{path / MANIFEST_FILE}: {error!r}") from error
+
+    @property
+    def interval_ns(self) -> int:
+        """Time between two packets of a flow."""
+        return 1_000_000_000 // self.rate_pps
+
+    def sent(self) -> Columns:
+        """`sent.parquet` by column."""
+        return self._columns(SENT_FILE)
+
+    def received(self) -> Columns:
+        """`received.parquet` by column."""
+        return self._columns(RECEIVED_FILE)
+
+    def unsent(self) -> Columns:
+        """`unsent.parquet` by column."""
+        return self._columns(UNSENT_FILE)
+
+    def probe(self) -> dict[str, Any]:
+        """`probe.json`."""
+        return self._json(STATS_FILE)
+
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`."""
+        return self._json(SUMMARY_FILE)
+
+    def episodes(self) -> list[Episode]:
+        """`episodes.parquet`, in order."""
+        return [Episode(**row) for row in self._table(EPISODES_FILE).to_pylist()]
+
+    def leases(self) -> list[Lease]:
+        """`leases.parquet`, in order."""
+        return [Lease(**row) for row in self._table(LEASES_FILE).to_pylist()]
+
+    def _columns(self, name: str) -> Columns:
+        table = self._table(name)
+        return {column: np.asarray(table[column]) for column in table.column_names}
+
+    def _table(self, name: str) -> pa.Table:
+        return pq.read_table(self._existing(name))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads(self._existing(name).read_text())
+        return values
+
+    def _existing(self, name: str) -> Path:
+        path = self.path / name
+        if not path.exists():
+            raise ResultFolderError(f"{path}: not there")
+        return path
