@@ -43,6 +43,10 @@ COMMANDS = {
         "scripts.background:down",
         "Stop that network.",
     ),
+    "bench": (
+        "scripts.bench.commands:group",
+        "Measure what the gate costs.",
+    ),
     "doctor": (
         "scripts.doctor:command",
         "Say what this machine has and lacks.",

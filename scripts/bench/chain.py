@@ -92,9 +92,7 @@ class Chain:
         assert gateway4.version == 4 and gateway6.version == 6
         config = GateConfig(
             n3_interfaces=(N3,),
-            anchors=(
-                AnchorPort(name=ANCHOR, interface=N6, address4=gateway4, address6=gateway6),
-            ),
+            anchors=(AnchorPort(name=ANCHOR, interface=N6, address4=gateway4, address6=gateway6),),
             attachments=tuple(Attachment(N3, ue) for ues, _ in families for ue in ues),
             qos_classes={QOS_PROFILE: QOS_CLASS_ID},
         )

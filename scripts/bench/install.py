@@ -38,18 +38,21 @@ from upf.gate import Gate
 from upf.netns import Namespace
 from upf.readback import Element, read_element
 
-METHOD = """Each figure is the wall time, in microseconds, of one call in this process that ends when the
+METHOD = """\
+Each figure is the wall time, in microseconds, of one call in this process that ends when the
 kernel has acknowledged. One COMMIT of one family is three elements (steer, return, qos) with
 timeout and comment; dual-stack, six. packed: upf.nft_socket.NftSocket.commit, from elements to
-acknowledgement. encode: the part of it that makes the bytes. gate: upf.gate.Gate.apply([Install]),
-with fencing and the flow's state. pyroute2: the same elements in pyroute2's message classes through
-AsyncNFTables.nlm_request_batch, in an event loop inside the namespace. nft_cli: `nft -f -`, with the
-start of the process. Batches: many leases in one transaction, sorted by set, per element. All are
-interleaved in random order within each round; garbage collection is off while one is timed."""
+acknowledgement. encode: the part of it that makes the bytes. gate:
+upf.gate.Gate.apply([Install]), with fencing and the flow's state. pyroute2: the same elements in
+pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event loop inside the
+namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases in one
+transaction, sorted by set, per element. All are interleaved in random order within each round, in
+turns of a few calls; garbage collection is off meanwhile."""
 
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
-SLOW_SHARE = 4  # the slow ways are taken in one round of so many
+TURN_CALLS = 5
+SLOW_SHARE = 10  # batches and the command line are taken once in so many rounds
 BATCH_LEASES = 1_000
 ONE_HOUR_NS = 3600 * 1_000_000_000
 CONFIG = GateConfig(
@@ -116,13 +119,13 @@ class Bench:
             "packed": lambda: self._one("packed"),
             "packed_dual_stack": lambda: self._one("packed", versions=(4, 6)),
             "encode": self._encode,
+            "pyroute2": lambda: self._one("pyroute2"),
         }
         return found
 
     def slow_measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
-        """Return those that take milliseconds."""
+        """Return those that take many milliseconds."""
         found: dict[str, Callable[[], dict[str, float]]] = {
-            "pyroute2": lambda: self._one("pyroute2"),
             "packed_batch": lambda: self._batch("packed"),
             "pyroute2_batch": lambda: self._batch("pyroute2"),
         }
@@ -236,20 +239,22 @@ def measure(
                 take()
         for number in common.steps("install", rounds):
             todo = [
-                (count, take)
+                (count, take, calls)
                 for count, bench in benches.items()
-                for take in (
-                    bench.measurements()
-                    | (bench.slow_measurements() if number % SLOW_SHARE == 0 else {})
-                ).values()
+                for found, calls in (
+                    (bench.measurements(), TURN_CALLS),
+                    (bench.slow_measurements() if number % SLOW_SHARE == 0 else {}, 1),
+                )
+                for take in found.values()
             ]
             order.shuffle(todo)
             gc.collect()
             gc.disable()
             try:
-                for count, take in todo:
-                    for name, value in take().items():
-                        samples[count][name].append(value)
+                for count, take, calls in todo:
+                    for _ in range(calls):
+                        for name, value in take().items():
+                            samples[count][name].append(value)
             finally:
                 gc.enable()
     by_live = {
@@ -270,7 +275,10 @@ def _ratios(figures: dict[str, Any]) -> dict[str, float]:
         "gate_to_packed": ("gate_us", "packed_us"),
         "pyroute2_to_packed": ("pyroute2_us", "packed_us"),
         "nft_cli_to_packed": ("nft_cli_us", "packed_us"),
-        "pyroute2_to_packed_batch": ("pyroute2_batch_us_per_element", "packed_batch_us_per_element"),
+        "pyroute2_to_packed_batch": (
+            "pyroute2_batch_us_per_element",
+            "packed_batch_us_per_element",
+        ),
     }
     return {
         name: figures[above]["p50"] / figures[below]["p50"]
@@ -305,7 +313,7 @@ def show(figures: dict[str, Any]) -> None:
     type=click.IntRange(1, 130_000 - BATCH_LEASES),
     help="Other live leases in the second namespace; the first has none. 100000 takes some 10 s.",
 )
-@click.option("--rounds", default=400, show_default=True, type=click.IntRange(2, 5_000))
+@click.option("--rounds", default=300, show_default=True, type=click.IntRange(2, 5_000))
 @click.option("--seed", default=1, show_default=True, help="Of the order within each round.")
 def command(path: Path, leases: int, rounds: int, seed: int) -> None:
     """Time one COMMIT into the kernel: our packed message, pyroute2's own call, the nft command.

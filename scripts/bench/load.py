@@ -21,7 +21,6 @@ from controlplane.enforcement import Address
 from topologies.endpoints.mmsg import dropped_by_socket
 from upf.netns import Namespace
 
-PORT = 9_000
 BATCH_PACKETS = 128
 SO_ATTACH_FILTER = 26
 IPV6_FREEBIND = 78
@@ -79,7 +78,8 @@ class Load:
         self._index = self._links.link_lookup(ifname=interface)[0]
         self._payload = np.zeros(payload_bytes, np.uint8)
         self._iov = np.array([self._payload.ctypes.data, payload_bytes], np.uint64)
-        self._names = np.stack([_sockaddr(address) for address in destinations])
+        port = self._receiver.getsockname()[1]
+        self._names = np.stack([_sockaddr(address, port) for address in destinations])
         order = np.arange(-(-len(destinations) // BATCH_PACKETS) * BATCH_PACKETS)
         self._headers = np.zeros(order.size, _MMSGHDR)
         self._headers["name"] = (
@@ -148,12 +148,14 @@ def _counting(version: int) -> socket.socket:
     refuse_all = np.array([6], np.uint64)  # one classic BPF instruction: return 0 bytes
     program = np.array([1, refuse_all.ctypes.data], np.uint64)  # struct sock_fprog
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program.tobytes())
-    sock.bind(("0.0.0.0" if version == 4 else "::", PORT))
+    if version == 6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    sock.bind(("0.0.0.0" if version == 4 else "::", 0))
     return sock
 
 
-def _sockaddr(address: Address) -> NDArray[np.uint8]:
+def _sockaddr(address: Address, port: int) -> NDArray[np.uint8]:
     """Return struct sockaddr_in or sockaddr_in6."""
-    family = _family(address.version).to_bytes(2, "little") + PORT.to_bytes(2, "big")
+    family = _family(address.version).to_bytes(2, "little") + port.to_bytes(2, "big")
     middle, end = (b"", bytes(8)) if address.version == 4 else (bytes(4), bytes(4))
     return np.frombuffer(family + middle + address.packed + end, np.uint8)

@@ -123,6 +123,13 @@ class Plane:
                     return
         raise AssertionError(f"{host} does not reach the UPF at {upf_address}")
 
+    def route_both_ues_through_one_cell(self) -> None:
+        """Send the downlink of both UEs into n3-1; UE 2's gets as far as UE 1, which drops it."""
+        with self.hosts["upf"].links() as links:
+            for version, via in ((4, "10.46.1.2"), (6, "fd00:46:1::2")):
+                destination = f"{UE[version][1]}/{128 if version == 6 else 32}"
+                links.route("replace", family=FAMILY[version], dst=destination, gateway=via)
+
     @staticmethod
     def _own(host: Namespace, address: str) -> None:
         with host.links() as links:

@@ -1,0 +1,257 @@
+"""`aipaging bench forwarding`: packets a second through the gate against plain forwarding.
+
+Each round sends one slice through every chain in random order, back to back; a figure is the
+median over rounds of the ratio of two slices of the same round.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scripts.bench import common
+from scripts.bench.chain import Chain, addresses
+from scripts.bench.load import Load, Slice
+from scripts.errors import UserError, require_root
+from upf.features import probe
+
+METHOD = """\
+UE, UPF and anchor are network namespaces joined by two veth pairs; each arm is a chain of its
+own. plain: the UPF has plain routes, and neither an nftables table nor rules for marks.
+plain_again: the same once more, the noise floor. steered: the UPF has the real gate, policy
+routing and the stated number of live leases; load goes through all of them in turn (the most even
+product of UEs and services; the other arms see the same addresses). Load: UDP by sendmmsg(2) in
+batches of 128, pinned to one CPU, on which the kernel also forwards; the generator's own cost is
+in every arm, so that ratio is closer to 1 than that of forwarding alone; extra_ns_per_packet is
+free of it. Received: counted at the receiving socket, which refuses every datagram, and checked
+against the interface's counter. Rate: packets received over the time from the first sent to the
+last received. A round takes one slice of every arm in random order; ratio is the median over
+rounds of the rate of steered (or plain_again) over that of plain in the same round, with its 95 %
+bootstrap interval."""
+
+PAYLOAD_BYTES = 64
+PLAIN, AGAIN, STEERED = "plain", "plain_again", "steered"
+ARMS = (PLAIN, AGAIN, STEERED)
+DIRECTIONS = ("uplink", "downlink")
+CASES = tuple((version, direction) for version in (4, 6) for direction in DIRECTIONS)
+WARM_UP_NS = 20_000_000
+PATH_LIMIT_NS = 10_000_000_000
+MAX_LEASES = 100_000
+
+
+class Loads:
+    """The prepared loads of one arm at one number of leases, by case."""
+
+    def __init__(self, chain: Chain, leases: int, undo: ExitStack) -> None:
+        self._loads: dict[tuple[int, str], Load] = {}
+        for version, direction in CASES:
+            ues, services = addresses(leases, version)
+            if direction == "uplink":
+                load = Load(chain.ue, chain.anchor, "n6", ues, services, PAYLOAD_BYTES)
+            else:
+                load = Load(chain.anchor, chain.ue, "radio", services, ues, PAYLOAD_BYTES)
+            undo.callback(load.close)
+            self._loads[version, direction] = load
+
+    def warm_up(self) -> None:
+        """Send until every case has a path: neighbours must be found, IPv6 addresses settle."""
+        for case, load in self._loads.items():
+            end_ns = time.monotonic_ns() + PATH_LIMIT_NS
+            while load.run(WARM_UP_NS).lost:
+                if time.monotonic_ns() > end_ns:
+                    raise UserError(f"IPv{case[0]} {case[1]}: packets do not come through")
+
+    def run(self, case: tuple[int, str], duration_ns: int) -> Slice:
+        """Run one slice; what it received must really have come through."""
+        result = self._loads[case].run(duration_ns)
+        if not 0 < result.received <= min(result.sent, result.received_interface):
+            raise UserError(f"IPv{case[0]} {case[1]}: not a count of forwarded packets: {result}")
+        return result
+
+
+def measure(
+    *, leases: Sequence[int], rounds: int, slice_ns: int, seed: int, in_place_renewal: bool = True
+) -> dict[str, Any]:
+    """Measure with each number of leases; return the figures."""
+    order = random.Random(seed)
+    _allow_many_sockets()
+    slices: dict[tuple[int, tuple[int, str], str], list[Slice]] = {}
+    with ExitStack() as undo, _one_cpu() as cpu:
+        plain = {arm: Chain(leases=None, in_place_renewal=True) for arm in (PLAIN, AGAIN)}
+        for chain in plain.values():
+            undo.callback(chain.close)
+        loads: dict[tuple[int, str], Loads] = {}
+        gated: list[Chain] = []
+        for count in leases:
+            steered = Chain(leases=count, in_place_renewal=in_place_renewal)
+            undo.callback(steered.close)
+            gated.append(steered)
+            for arm, chain in (*plain.items(), (STEERED, steered)):
+                loads[count, arm] = Loads(chain, count, undo)
+        for found in loads.values():
+            found.warm_up()
+        for _ in common.steps("forwarding", rounds):
+            todo = [(count, case) for count in leases for case in CASES]
+            order.shuffle(todo)
+            for count, case in todo:
+                for arm in order.sample(ARMS, len(ARMS)):
+                    result = loads[count, arm].run(case, slice_ns)
+                    slices.setdefault((count, case, arm), []).append(result)
+        refused = [sum(chain.gate.drops().values()) for chain in gated if chain.gate]
+    by_leases: dict[str, dict[str, dict[str, Any]]] = {
+        str(count): {"ipv4": {}, "ipv6": {}} for count in leases
+    }
+    for count in leases:
+        for version, direction in CASES:
+            arms = {arm: slices[count, (version, direction), arm] for arm in ARMS}
+            by_leases[str(count)][f"ipv{version}"][direction] = _compare(arms, seed)
+    return {
+        "ratio": {count: found["ipv4"]["uplink"]["ratio"] for count, found in by_leases.items()},
+        "ratio_ipv6": {
+            count: found["ipv6"]["uplink"]["ratio"] for count, found in by_leases.items()
+        },
+        "by_live_leases": by_leases,
+        "dropped_by_gate_packets": sum(refused),
+        "payload_bytes": PAYLOAD_BYTES,
+        "cpu": cpu,
+        "method": METHOD,
+    }
+
+
+def _compare(arms: dict[str, list[Slice]], seed: int) -> dict[str, Any]:
+    def ratios(arm: str) -> list[float]:
+        pairs = zip(arms[arm], arms[PLAIN], strict=True)
+        return [ours.rate_pps / plain.rate_pps for ours, plain in pairs]
+
+    extra_ns = [
+        1e9 / steered.rate_pps - 1e9 / plain.rate_pps
+        for steered, plain in zip(arms[STEERED], arms[PLAIN], strict=True)
+    ]
+    return {
+        "ratio": common.ratio(ratios(STEERED), seed),
+        "noise_floor_ratio": common.ratio(ratios(AGAIN), seed),
+        "extra_ns_per_packet": common.ratio(extra_ns, seed),
+        "arms": {
+            arm: {
+                "sent": sum(result.sent for result in found),
+                "received": sum(result.received for result in found),
+                "lost": sum(result.lost for result in found),
+                "rate_pps": common.quantiles([result.rate_pps for result in found]),
+            }
+            for arm, found in arms.items()
+        },
+    }
+
+
+def _allow_many_sockets() -> None:
+    """Raise the limit on open files: every UE and service that sends has a socket."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+@contextmanager
+def _one_cpu() -> Iterator[int]:
+    """Stay on one CPU, and come back to all of them."""
+    allowed = os.sched_getaffinity(0)
+    cpu = max(allowed)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        yield cpu
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures as a table."""
+    rows = []
+    for leases, families in figures["by_live_leases"].items():
+        for family, directions in families.items():
+            for direction, found in directions.items():
+                ratio, floor = found["ratio"], found["noise_floor_ratio"]
+                arms = found["arms"]
+                rows.append(
+                    (
+                        f"{leases} {family} {direction}",
+                        f"{arms[PLAIN]['rate_pps']['p50']:,.0f}",
+                        f"{arms[STEERED]['rate_pps']['p50']:,.0f}",
+                        rf"{ratio['p50']:.3f} \[{ratio['ci95'][0]:.3f}, {ratio['ci95'][1]:.3f}]",
+                        f"{floor['p50']:.3f}",
+                        f"{found['extra_ns_per_packet']['p50']:,.0f}",
+                        f"{sum(arm['lost'] for arm in arms.values()):,}",
+                    )
+                )
+    columns = ("leases", "plain pps", "steered pps", "ratio", "plain/plain", "+ns", "lost")
+    caption = "ratio: median [95 % interval]; plain/plain: the noise floor; lost: of all arms"
+    common.print_table("Steered against plain forwarding", columns, rows, caption)
+
+
+def _parse_leases(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise click.BadParameter("give numbers separated by commas, as in 1,10000") from error
+    if not all(0 < count <= MAX_LEASES for count in counts):
+        raise click.BadParameter(f"each number is from 1 to {MAX_LEASES}")
+    return counts
+
+
+@click.command()
+@click.option(
+    "--json",
+    "path",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the figures go.",
+)
+@click.option(
+    "--leases",
+    default="1,10000",
+    show_default=True,
+    callback=_parse_leases,
+    help="Numbers of live leases, each per address family.",
+)
+@click.option("--rounds", default=30, show_default=True, type=click.IntRange(3, 1_000))
+@click.option(
+    "--seconds-per-arm",
+    "slice_s",
+    default=0.25,
+    show_default=True,
+    type=click.FloatRange(0.01, 10),
+    help="Length of one slice: one arm, once in a round.",
+)
+@click.option("--seed", default=1, show_default=True, help="Of the order within each round.")
+def command(path: Path, leases: tuple[int, ...], rounds: int, slice_s: float, seed: int) -> None:
+    """Compare packets per second steered by the gate with plain forwarding, in one run.
+
+    64-byte UDP through three network namespaces of its own, which vanish with it. IPv4 and IPv6,
+    uplink and downlink; three minutes with the defaults.
+
+    \b
+    Example:
+      aipaging bench forwarding --json results/forwarding.json
+
+    In the file, ratio.1.p50 and ratio.10000.p50 are steered over plain (IPv4 uplink) with 1 and
+    10000 live leases, ci95 their interval; docs/performance.md explains every key.
+    """
+    require_root("a benchmark of the kernel")
+    features = probe()
+    if not (features.timeout_map and features.ct_mark and features.policy_routing6):
+        raise UserError("this kernel cannot hold the gate: see aipaging doctor")
+    figures = measure(
+        leases=leases,
+        rounds=rounds,
+        slice_ns=int(slice_s * 1e9),
+        seed=seed,
+        in_place_renewal=features.in_place_renewal,
+    )
+    show(figures)
+    options = {"leases": list(leases), "rounds": rounds, "seconds_per_arm": slice_s}
+    common.write_result(path, benchmark="forwarding", seed=seed, options=options, figures=figures)

@@ -1,0 +1,112 @@
+"""The benchmarks measure what they say: documented keys, exact counts, sane values."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from scripts.bench import commands, forwarding, install
+from scripts.bench.chain import sides
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: new network namespaces"),
+]
+
+ROUNDS = 3
+SLICE_NS = 30_000_000
+
+
+@pytest.fixture(scope="module")
+def installed() -> dict[str, Any]:
+    return install.measure(live=[0, 50], rounds=ROUNDS, seed=1, batch_leases=20)
+
+
+@pytest.fixture(scope="module")
+def forwarded() -> dict[str, Any]:
+    return forwarding.measure(leases=[1, 300], rounds=ROUNDS, slice_ns=SLICE_NS, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("packed_us", ROUNDS * install.TURN_CALLS),
+        ("packed_dual_stack_us", ROUNDS * install.TURN_CALLS),
+        ("encode_us", ROUNDS * install.TURN_CALLS),
+        ("gate_us", ROUNDS * install.TURN_CALLS),
+        ("gate_dual_stack_us", ROUNDS * install.TURN_CALLS),
+        ("renew_us", ROUNDS * install.TURN_CALLS),
+        ("move_us", ROUNDS * install.TURN_CALLS),
+        ("revoke_us", ROUNDS * install.TURN_CALLS),
+        ("pyroute2_us", ROUNDS * install.TURN_CALLS),
+        ("packed_batch_us_per_element", 1),
+        ("pyroute2_batch_us_per_element", 1),
+    ],
+)
+def test_install_figures(installed: dict[str, Any], name: str, count: int) -> None:
+    for figures in (installed, installed["by_live_leases"]["50"]):
+        values = figures[name]
+        assert values["count"] == count
+        assert 0 < values["p50"] <= values["p90"] <= values["p99"]
+
+
+def test_the_command_line_is_measured_or_said_to_be_missing(installed: dict[str, Any]) -> None:
+    if shutil.which("nft"):
+        assert installed["nft_cli_us"]["p50"] > 0
+        assert installed["ratios"]["nft_cli_to_packed"] > 0
+    else:
+        assert "nft_cli_us" not in installed
+        assert "skipped" in installed["nft_cli"]
+
+
+def test_ratios_are_of_medians(installed: dict[str, Any]) -> None:
+    expected = installed["pyroute2_us"]["p50"] / installed["packed_us"]["p50"]
+    assert installed["ratios"]["pyroute2_to_packed"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("leases", ["1", "300"])
+def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
+    for ratio in (forwarded["ratio"][leases], forwarded["ratio_ipv6"][leases]):
+        assert ratio["count"] == ROUNDS
+        low, high = ratio["ci95"]
+        assert low <= ratio["p50"] <= high
+        assert 0.3 < ratio["p50"] < 1.5
+
+
+def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
+    assert forwarded["dropped_by_gate_packets"] == 0
+    for families in forwarded["by_live_leases"].values():
+        for directions in families.values():
+            assert set(directions) == {"uplink", "downlink"}
+            for found in directions.values():
+                assert set(found["arms"]) == {"plain", "plain_again", "steered"}
+                for arm in found["arms"].values():
+                    assert arm["sent"] == arm["received"] + arm["lost"]
+                    assert arm["received"] > 0
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "forwarding.json"
+    arguments = ["forwarding", "--json", str(path), "--leases", "2", "--rounds", "3"]
+    result = CliRunner().invoke(commands.group, [*arguments, "--seconds-per-arm", "0.02"])
+    assert result.exit_code == 0, result.output
+    written = json.loads(path.read_text())
+    assert list(written["ratio"]) == ["2"]
+    assert written["benchmark"] == "forwarding"
+    assert written["machine"]["kernel"] == os.uname().release
+    assert {"method", "software", "options", "seed", "schema_version"} <= set(written)
+
+
+@pytest.mark.parametrize("leases", ["0", "many", "1,1000000"])
+def test_impossible_numbers_of_leases(leases: str) -> None:
+    arguments = ["forwarding", "--json", "x.json", "--leases", leases]
+    assert CliRunner().invoke(commands.group, arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(("leases", "expected"), [(1, (1, 1)), (300, (15, 20)), (7, (1, 7))])
+def test_sides(leases: int, expected: tuple[int, int]) -> None:
+    assert sides(leases) == expected
