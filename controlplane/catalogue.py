@@ -61,15 +61,24 @@ class Anchor(ConfigModel):
         return next((hosting for hosting in self.hosts if hosting.aisi == aisi), None)
 
 
-class Catalogue(ConfigModel):
-    """Services and anchors."""
+class QosProfile(ConfigModel):
+    """A QoS profile: the share of a cell's downlink that its leases are guaranteed together."""
 
+    name: Name
+    guaranteed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class Catalogue(ConfigModel):
+    """QoS profiles, services and anchors."""
+
+    qos_profiles: Annotated[list[QosProfile], Field(min_length=1, max_length=64)]
     services: Annotated[list[Service], Field(min_length=1)]
     anchors: Annotated[list[Anchor], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for what, names in (
+            ("QoS profile", [profile.name for profile in self.qos_profiles]),
             ("AISI", [service.aisi for service in self.services]),
             ("anchor", [anchor.name for anchor in self.anchors]),
             ("service address", [service.address4 for service in self.services]),
@@ -78,6 +87,8 @@ class Catalogue(ConfigModel):
             twice = [name for name, count in Counter(names).items() if count > 1]
             if twice:
                 raise ValueError(f"{what} {twice[0]} is given twice")
+        if sum(profile.guaranteed_share for profile in self.qos_profiles) > 1:
+            raise ValueError("the QoS profiles' guaranteed shares add up to more than 1")
         known = {service.aisi for service in self.services}
         for anchor in self.anchors:
             for hosting in anchor.hosts:
@@ -86,6 +97,10 @@ class Catalogue(ConfigModel):
                         f"anchor {anchor.name} hosts {hosting.aisi}, which is no service"
                     )
         return self
+
+    def qos_shares(self) -> dict[str, float]:
+        """Return each QoS profile's guaranteed share of a cell."""
+        return {profile.name: profile.guaranteed_share for profile in self.qos_profiles}
 
     def service(self, aisi: str) -> Service:
         """Return a service by its AISI. KeyError if there is none."""

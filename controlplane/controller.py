@@ -135,6 +135,8 @@ class Controller:
             raise Refusal("UE_UNKNOWN", f"{ue} is not a UE of this network")
         if all(service.task != intent.task for service in self.catalogue.services):
             raise Refusal("TASK_UNKNOWN", f"no service does {intent.task}")
+        if intent.qos_profile not in self.catalogue.qos_shares():
+            raise Refusal("QOS_PROFILE_UNKNOWN", f"there is no QoS profile {intent.qos_profile}")
         resolution = resolve(self.catalogue, intent, self.ledger.slots_used())
         excluded = list(resolution.excluded)
         for candidate in resolution.candidates:

@@ -27,7 +27,7 @@ from controlplane.configfile import ConfigModel, load_yaml
 from controlplane.controller import Controller, Settings, Subscriber
 from controlplane.evidence import Journal
 from controlplane.ledger import Ledger
-from upf import routing
+from upf import qos, routing
 from upf.config import GateConfig
 from upf.gate import Gate
 
@@ -41,6 +41,7 @@ class ControllerConfig(ConfigModel):
 
     upf_netns: str
     gate: GateConfig
+    n3_capacities_bps: dict[str, int]  # downlink, by N3 interface
     in_place_renewal: bool  # of the kernel, see upf.features
     catalogue: Path
     anchor_addresses: dict[str, IPv4Address]  # on which anchors say they are ready
@@ -88,6 +89,7 @@ def build(config: ControllerConfig) -> Controller:
     clock = Clock()
     ledger = Ledger(Journal(config.journal, clock))
     routing.install(config.upf_netns, config.gate)
+    qos.install(config.upf_netns, config.n3_capacities_bps, catalogue.qos_shares())
     gate = Gate(config.upf_netns, config.gate, in_place_renewal=config.in_place_renewal)
     controller = Controller(
         catalogue=catalogue,

@@ -21,6 +21,7 @@ from scripts.errors import UserError
 from topologies.hosts import Anchor, Host, Ue
 from topologies.network import Network
 from topologies.spec import TopologySpec
+from upf import qos
 from upf.config import AnchorPort, Attachment, GateConfig
 from upf.features import Features
 
@@ -198,7 +199,8 @@ class Testbed:
         network = self.network
         config = ControllerConfig(
             upf_netns=network.upf.netns,
-            gate=gate_config(network),
+            gate=gate_config(network, self.catalogue),
+            n3_capacities_bps=_n3_capacities_bps(network),
             in_place_renewal=self._features.in_place_renewal,
             catalogue=folder / "catalogue.json",
             anchor_addresses={name: anchor.address4 for name, anchor in network.anchors.items()},
@@ -213,7 +215,16 @@ class Testbed:
         write_config(folder / "config.json", config)
 
 
-def gate_config(network: Network) -> GateConfig:
+def _n3_capacities_bps(network: Network) -> dict[str, int]:
+    """The UPF queues where the cell would: its N3 interfaces are no faster than the cell."""
+    capacities = {}
+    for gnb in network.gnbs.values():
+        rates = [gnb.spec.downlink_mbps, gnb.spec.n3.rate_mbps]
+        capacities[gnb.upf_interface] = int(min(rate for rate in rates if rate) * 1_000_000)
+    return capacities
+
+
+def gate_config(network: Network, catalogue: Catalogue) -> GateConfig:
     """Describe an emulated network's UPF to the gate: every UE may come through every gNB."""
     n3 = tuple(network.upf.n3_interfaces.values())
     return GateConfig(
@@ -233,4 +244,5 @@ def gate_config(network: Network) -> GateConfig:
             for ue in network.ues
             for address in (ue.address4, ue.address6)
         ),
+        qos_classes=qos.class_ids(catalogue.qos_shares()),
     )
