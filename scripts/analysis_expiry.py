@@ -69,17 +69,12 @@ def lease_ends(results: ResultFolder, traces: dict[int, Trace]) -> list[LeaseEnd
     ends = []
     for flow in results.flows:
         mine = [lease for lease in leases if lease.ue == flow.ue]
-        begins = [_begin_ns(lease) for lease in mine]
+        begins = [lease.requested_ns for lease in mine]
         nexts = [*begins, _FOREVER_NS][1:]
         for lease, begin_ns, next_ns in zip(mine, begins, nexts, strict=True):
             end = _lease_end(traces[flow.id], lease, begin_ns, next_ns, results.interval_ns)
             ends.append(LeaseEnd(lease, flow.id, flow.direction, *end))
     return ends
-
-
-def _begin_ns(lease: Lease) -> int:
-    """When packets of this lease may first pass."""
-    return min(at for at in (lease.granted_ns, lease.kernel_ack_ns) if at)
 
 
 def _lease_end(

@@ -43,7 +43,7 @@ def relocation_summary(results: ResultFolder, traces: dict[int, Trace]) -> dict[
     episodes = results.episodes()
     unsent = results.unsent()
     arms: dict[str, Any] = {}
-    for name in dict.fromkeys(episode.arm for episode in episodes):
+    for name in sorted({episode.arm for episode in episodes}, key=_arm_order):
         mine = [episode for episode in episodes if episode.arm == name]
         arms[name] = {
             direction: _direction_figures(results, traces, mine, direction, unsent)
@@ -51,6 +51,12 @@ def relocation_summary(results: ResultFolder, traces: dict[int, Trace]) -> dict[
         }
         arms[name]["relocation_ms"] = _relocation_times(mine)
     return {"arms": arms, "controls": _controls(arms, [flow.direction for flow in results.flows])}
+
+
+def _arm_order(arm: str) -> tuple[int, str]:
+    """The noise floor first, then make-before-break, then what it is compared with."""
+    known = (CONTROL_ARM, "mbb", NEGATIVE_CONTROL_ARM)
+    return (known.index(arm) if arm in known else len(known), arm)
 
 
 def samples_of(

@@ -63,7 +63,7 @@ def lease(path: Path, results: ResultFolder, traces: dict[int, Trace], one: Leas
     """One lease's end: the whole lease above, the deadline's surroundings below."""
     flows = [flow for flow in results.flows if flow.ue == one.ue]
     sites = _sites_during(results, [traces[flow.id] for flow in flows], one)
-    whole_ms = ((one.granted_ns - one.deadline_ns) / 1e6 - 30, 60.0)
+    whole_ms = ((one.requested_ns - one.deadline_ns) / 1e6 - 30, 60.0)
     with drawing(path, 9.6, 2.2 + 0.9 * len(flows)) as figure:
         for part, (limits_ms, title) in zip(
             figure.subfigures(1, 2, squeeze=False, width_ratios=[3, 2])[0],
@@ -84,7 +84,7 @@ def lease(path: Path, results: ResultFolder, traces: dict[int, Trace], one: Leas
             instants = [
                 (name, (at - one.deadline_ns) / 1e6)
                 for name, at in (
-                    ("granted", one.granted_ns),
+                    ("requested", one.requested_ns),
                     ("kernel acknowledged", one.kernel_ack_ns),
                     ("controller killed", one.killed_ns),
                     ("deadline", one.deadline_ns),
@@ -101,7 +101,7 @@ def _sites_during(results: ResultFolder, traces: Sequence[Trace], one: Lease) ->
     """The anchors that had packets while the lease was alive."""
     found: set[int] = set()
     for trace in traces:
-        window = trace.window(one.granted_ns, one.deadline_ns)
+        window = trace.window(one.requested_ns, one.deadline_ns)
         found |= set(trace.site[window][~trace.lost[window]].tolist())
     return [results.sites[index] for index in sorted(found)]
 

@@ -67,7 +67,8 @@ class Lease:
     lease: int
     ue: str
     lease_id: str
-    granted_ns: int
+    requested_ns: int
+    """Nothing may pass between the deadline of the UE's last lease and this."""
     kernel_ack_ns: int
     deadline_ns: int
     ttl_ms: int
@@ -99,7 +100,7 @@ LEASES_SCHEMA = pa.schema(
         ("lease", pa.int32()),
         ("ue", _TEXT),
         ("lease_id", _TEXT),
-        ("granted_ns", _NS),
+        ("requested_ns", _NS),
         ("kernel_ack_ns", _NS),
         ("deadline_ns", _NS),
         ("ttl_ms", pa.int32()),

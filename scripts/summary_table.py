@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 DIRECTIONS = ("uplink", "downlink", "roundtrip")
@@ -15,21 +16,27 @@ def render(summary: dict[str, Any]) -> Table:
 
 
 def _relocation(summary: dict[str, Any]) -> Table:
+    times = "; ".join(
+        f"{arm} {number(figures['relocation_ms']['p50'])} ms, "
+        f"p99 {number(figures['relocation_ms']['p99'])} ms"
+        for arm, figures in summary["arms"].items()
+        if figures["relocation_ms"]["count"]
+    )
     table = Table(
         title="What a relocation cost",
         caption=(
-            f"Mean outage per relocation, ± one packet: {1000 / summary['rate_pps']:g} ms. "
-            "[ ]: 95 % interval of the probability of any loss."
+            f"outage: mean per relocation, ± one packet ({1000 / summary['rate_pps']:g} ms). "
+            "hit: relocations with any loss, and the 95 % interval of its probability. "
+            f"Time from request to answer, median: {times or 'nothing was relocated'}."
         ),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("arm")
-    table.add_column("direction")
-    for name in ("relocations", "sent", "lost", "dup.", "reord.", "outage ms", "any loss"):
-        table.add_column(name, justify="right")
-    table.add_column("relocation ms p50 / p99", justify="right")
+    table.add_column("arm", no_wrap=True)
+    table.add_column("direction", no_wrap=True)
+    for name in ("of", "sent", "lost", "dup", "reord", "outage ms", "hit", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for arm, figures in summary["arms"].items():
-        times = figures["relocation_ms"]
-        time_text = f"{number(times['p50'])} / {number(times['p99'])}" if times["count"] else "–"
         for direction in DIRECTIONS:
             if direction not in figures:
                 continue
@@ -44,10 +51,10 @@ def _relocation(summary: dict[str, Any]) -> Table:
                 f"{row['duplicated']:,}",
                 f"{row['reordered']:,}",
                 number(row["loss_outage_ms"]),
-                rf"{row['relocations_with_loss']} \[{low:.1%}, {high:.1%}]",
-                time_text,
+                f"{row['relocations_with_loss']:,}",
+                f"{100 * low:.0f}–{100 * high:.1f} %",
             )
-            arm = time_text = ""
+            arm = ""
         table.add_section()
     return table
 
@@ -55,6 +62,7 @@ def _relocation(summary: dict[str, Any]) -> Table:
 def _expiry(summary: dict[str, Any]) -> Table:
     table = Table(
         title="What outlived its lease",
+        box=SIMPLE_HEAD,
         caption=f"Resolution: one packet, {summary['resolution_ms']:g} ms.",
     )
     table.add_column("controller")

@@ -91,15 +91,15 @@ class _Run:
         first = len(self._granted)
         for ue in ues[: self._options.leases - first]:
             ttl_ms = self._scenario.random.randint(*TTL_MS)
+            requested_ns = time.time_ns()
             answer = self._page(ue, ttl_ms)
-            granted_ns = time.time_ns()
             commit, timeline = answer["commit"], answer["timeline"]
             self._granted.append(
                 Lease(
                     lease=len(self._granted),
                     ue=ue.name,
                     lease_id=commit["leaseId"],
-                    granted_ns=granted_ns,
+                    requested_ns=requested_ns,
                     kernel_ack_ns=timeline["enforcedUnixNs"],
                     deadline_ns=parse_rfc3339(commit["expiresAt"]),
                     ttl_ms=ttl_ms,
