@@ -4,6 +4,7 @@ import os
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_BY_SIGNAL = 128  # and the signal's number
 EXIT_INTERRUPTED = 130
 
 

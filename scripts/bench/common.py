@@ -85,7 +85,7 @@ def print_table(
     """Print a table on the terminal: first column to the left, figures to the right."""
     table = Table(title=title, caption=caption or None)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*row)
     Console().print(table)

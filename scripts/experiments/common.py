@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.controller import Settings
 from scripts import manifest
-from scripts.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError, require_root
+from scripts.errors import EXIT_BAD_INPUT, EXIT_BY_SIGNAL, EXIT_FAILED, UserError, require_root
 from scripts.records import MANIFEST_FILE, write_json
 from scripts.testbed import Testbed, check
 from topologies.endpoints.probe_plan import Direction, Flow, ProbePlan, Site
@@ -101,7 +101,10 @@ def run(
             return EXIT_FAILED
         return 0
 
-    if run_isolated(isolated) != 0:
+    status = run_isolated(isolated)
+    if status > EXIT_BY_SIGNAL:
+        raise UserError(f"the run was ended by a signal; what it left is in {common.out}", status)
+    if status != 0:
         raise UserError(f"the run failed; what it left is in {common.out}")
 
 

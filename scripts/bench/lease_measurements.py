@@ -1,0 +1,193 @@
+"""What is measured of leases in the kernel: one namespace, and everything timed in it once."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from ipaddress import ip_address
+
+from controlplane.enforcement import Binding, Flow, Install, Move, Operation, Renew, Revoke
+from scripts.bench.installers import (
+    CommandLineInstaller,
+    Installer,
+    PackedInstaller,
+    Pyroute2Installer,
+    commit_elements,
+    grouped,
+)
+from upf.config import AnchorPort, GateConfig
+from upf.elements import Add, Delete, encode_batch
+from upf.features import probe
+from upf.gate import Gate
+from upf.netns import Namespace
+from upf.readback import Element, read_element
+
+UE = "10.45.0.1", "fd00:45::1"
+FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
+ONE_HOUR_NS = 3600 * 1_000_000_000
+CONFIG = GateConfig(
+    n3_interfaces=("n3",),
+    anchors=tuple(
+        AnchorPort(
+            name=f"edge{number}",
+            interface=f"n6-{number}",
+            address4=ip_address(f"10.99.{number}.1"),  # type: ignore[arg-type]
+            address6=ip_address(f"fd00:99:{number}::1"),  # type: ignore[arg-type]
+        )
+        for number in (1, 2)
+    ),
+    attachments=(),
+    qos_classes={"bench": 0x0001_0010},
+)
+
+
+def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 1) -> Binding:
+    """Return the binding of lease `number`, an hour long."""
+    flows = tuple(
+        Flow(ip_address(UE[version == 6]), FIRST_SERVICE[version == 6] + number)
+        for version in versions
+    )
+    return Binding(
+        lease_id=f"bench-{number:08d}",
+        epoch=epoch,
+        flows=flows,
+        anchor=f"edge{anchor}",
+        qos_profile="bench",
+        expires_ns=time.monotonic_ns() + ONE_HOUR_NS,
+    )
+
+
+class LeaseMeasurements:
+    """One namespace with the gate's table, `live` other leases, and every way to add one more."""
+
+    def __init__(self, live: int, batch_leases: int, undo: ExitStack) -> None:
+        namespace = undo.enter_context(Namespace())
+        self.gate = Gate(namespace.path, CONFIG, in_place_renewal=probe().in_place_renewal)
+        undo.callback(self.gate.close)
+        self.packed = PackedInstaller(namespace.path)
+        self.installers: dict[str, Installer] = {
+            "packed": self.packed,
+            "pyroute2": Pyroute2Installer(namespace.path),
+        }
+        nft = shutil.which("nft")
+        if nft is not None:
+            self.installers["nft_cli"] = CommandLineInstaller(namespace.path, nft)
+        for installer in self.installers.values():
+            undo.callback(installer.close)
+        self._batch_leases = batch_leases
+        self._number = live
+        for number in range(live):
+            self.gate.apply([Install(binding(number, (4,)))])
+        self._check()
+
+    def measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
+        """Return name -> a function that measures once: figure -> microseconds."""
+        found: dict[str, Callable[[], dict[str, float]]] = {
+            "gate": lambda: self._gate("gate", (4,)),
+            "gate_dual_stack": lambda: self._gate("gate_dual_stack", (4, 6)),
+            "life": self._life,
+            "packed": lambda: self._one("packed"),
+            "packed_dual_stack": lambda: self._one("packed", versions=(4, 6)),
+            "encode": self._encode,
+            "pyroute2": lambda: self._one("pyroute2"),
+        }
+        return found
+
+    def slow_measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
+        """Return those that take many milliseconds."""
+        found: dict[str, Callable[[], dict[str, float]]] = {
+            "packed_batch": lambda: self._batch("packed"),
+            "pyroute2_batch": lambda: self._batch("pyroute2"),
+        }
+        if "nft_cli" in self.installers:
+            found["nft_cli"] = lambda: self._one("nft_cli")
+        return found
+
+    def _next(self) -> int:
+        self._number += 1
+        return self._number
+
+    def _elements(self, versions: tuple[int, ...] = (4,)) -> list[Add]:
+        number = self._next()
+        return [
+            add
+            for version in versions
+            for add in commit_elements(
+                CONFIG,
+                UE[version == 6],
+                FIRST_SERVICE[version == 6] + number,
+                f"bench-{number:08d} 1",
+            )
+        ]
+
+    def _remove(self, elements: list[Add]) -> None:
+        self.packed.socket.commit([Delete(add.set_name, add.key) for add in elements])
+
+    def _one(self, way: str, versions: tuple[int, ...] = (4,)) -> dict[str, float]:
+        elements = self._elements(versions)
+        took_ns = self.installers[way].install(elements)
+        self._remove(elements)
+        suffix = "_dual_stack" if len(versions) > 1 else ""
+        return {f"{way}{suffix}_us": took_ns / 1e3}
+
+    def _batch(self, way: str) -> dict[str, float]:
+        elements = [add for _ in range(self._batch_leases) for add in self._elements()]
+        in_order = [add for _, adds in grouped(elements) for add in adds]
+        took_ns = self.installers[way].install(in_order)
+        self._remove(elements)
+        return {f"{way}_batch_us_per_element": took_ns / 1e3 / len(elements)}
+
+    def _encode(self) -> dict[str, float]:
+        elements = self._elements()
+        begin_ns = time.perf_counter_ns()
+        encode_batch(elements, 1)
+        return {"encode_us": (time.perf_counter_ns() - begin_ns) / 1e3}
+
+    def _apply(self, operation: Operation) -> float:
+        begin_ns = time.perf_counter_ns()
+        self.gate.apply([operation])
+        return (time.perf_counter_ns() - begin_ns) / 1e3
+
+    def _gate(self, name: str, versions: tuple[int, ...]) -> dict[str, float]:
+        lease = binding(self._next(), versions)
+        took_us = self._apply(Install(lease))
+        self.gate.apply([Revoke(lease)])
+        return {f"{name}_us": took_us}
+
+    def _life(self) -> dict[str, float]:
+        number = self._next()
+        first, moved = binding(number, (4,)), binding(number, (4,), epoch=2, anchor=2)
+        self.gate.apply([Install(first)])
+        longer = replace(first, expires_ns=first.expires_ns + ONE_HOUR_NS)
+        drain_until_ns = time.monotonic_ns() + 1_000_000_000
+        return {
+            "renew_us": self._apply(Renew(longer)),
+            "move_us": self._apply(Move(moved, longer, drain_until_ns)),
+            "revoke_us": self._apply(Revoke(moved)),
+        }
+
+    def _check(self) -> None:
+        """Make sure that every way, and the gate, put the same into the kernel."""
+        lease = binding(self._next(), (4, 6))
+        self.gate.apply([Install(lease)])
+        wanted = [
+            add
+            for flow, ue in zip(lease.flows, UE, strict=True)
+            for add in commit_elements(CONFIG, ue, flow.service, f"{lease.lease_id} 1")
+        ]
+        by_gate = [self._held(add) for add in wanted]
+        self.gate.apply([Revoke(lease)])
+        for name, installer in self.installers.items():
+            installer.install(wanted)
+            if [self._held(add) for add in wanted] != by_gate:
+                raise AssertionError(f"{name} and the gate installed different elements")
+            self._remove(wanted)
+
+    def _held(self, add: Add) -> Element:
+        found = read_element(self.packed.socket, add.set_name, add.key)
+        if found is None:
+            raise AssertionError(f"no element of {add.set_name} after it was installed")
+        return replace(found, remaining_ms=0)

@@ -1,0 +1,150 @@
+"""Sessions on the emulated network: what a UE, its anchor and the operator see of a lease."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from testbed_helpers import in_isolation, udp
+
+from controlplane.catalogue import load_catalogue
+from scripts.errors import UserError
+from scripts.experiments.common import BUILT_IN_CATALOGUE, EVIDENCE_FILE
+from scripts.testbed import Testbed
+from topologies.hosts import Ue
+from topologies.isolation import scratch_dir
+from topologies.network import Network
+from topologies.spec import load_topology
+from upf.features import probe
+
+pytestmark = pytest.mark.testbed
+TASK = "text-generation"
+PORT = 7000
+
+
+def on_a_testbed(body: Callable[[Testbed], None]) -> None:
+    def inside() -> None:
+        folder = scratch_dir()
+        with (
+            Network(load_topology("two-edge")) as network,
+            Testbed(
+                network,
+                load_catalogue(BUILT_IN_CATALOGUE),
+                probe(),
+                folder,
+                folder / EVIDENCE_FILE,
+            ) as testbed,
+        ):
+            body(testbed)
+
+    in_isolation(inside)
+
+
+def reached(testbed: Testbed, ue: Ue, *, source: Ue | None = None) -> str | None:
+    """Return which anchor gets a UE's datagram to the service; `source`: whose address it bears."""
+    service = testbed.catalogue.services[0].address4
+    listeners = {}
+    for name, anchor in testbed.network.anchors.items():
+        listeners[name] = udp(anchor, service)
+    ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
+    bearer = source or ue
+    with udp(ue, bearer.address4, foreign=bearer is not ue) as sender:
+        for port in set(ports.values()):
+            sender.sendto(b"x", (str(service), port))
+    got = []
+    for name, listener in listeners.items():
+        listener.settimeout(0.3)
+        try:
+            listener.recv(10)
+            got.append(name)
+        except TimeoutError:
+            pass
+        listener.close()
+    assert len(got) <= 1
+    return got[0] if got else None
+
+
+def test_a_lease_from_intent_to_release() -> None:
+    def body(testbed: Testbed) -> None:
+        ue1, ue2 = testbed.network.ues
+        assert reached(testbed, ue1) is None
+        paged = testbed.page(ue1, TASK, max_tokens=5)
+        answer, stream = paged["answer"], paged["stream"]
+        anchor = answer["commit"]["anchor"]
+        assert stream["complete"]
+        assert (stream["lost"], stream["repeated"], stream["reordered"]) == (0, 0, 0)
+        assert {token["anchor"] for token in stream["tokens"]} == {anchor}
+        assert reached(testbed, ue1) == anchor
+        assert reached(testbed, ue2) is None
+
+        # The address follows the UE from cell to cell; so does its lease.
+        testbed.network.handover(ue1, "gnb2")
+        assert reached(testbed, ue1) == anchor
+
+        # An anchor wants the token, whatever the network lets through.
+        request = (
+            "import httpx,sys; print(httpx.post(sys.argv[1], json={'model':'chat.example',"
+            "'messages':[{'role':'user','content':'hi'}]}).status_code)"
+        )
+        url = "http://198.18.0.1:8000/v1/chat/completions"
+        told = ue1.popen([sys.executable, "-c", request, url], stdout=subprocess.PIPE)
+        assert told.communicate(timeout=20)[0].strip() == b"401"
+
+        testbed.request("DELETE", f"/sessions/{answer['sessionId']}")
+        assert reached(testbed, ue1) is None
+        status = testbed.request("GET", "/status")
+        assert status["enforced"] == []
+        assert status["slotsUsed"][anchor] == 0
+
+    on_a_testbed(body)
+
+
+def test_a_ue_cannot_use_the_lease_of_another_in_its_cell() -> None:
+    def body(testbed: Testbed) -> None:
+        ue1, ue2 = testbed.network.ues
+        testbed.page(ue1, TASK)
+        assert reached(testbed, ue2, source=ue1) is None
+        assert sum(testbed.network.radio_drops().values()) > 0
+
+    on_a_testbed(body)
+
+
+def test_a_killed_controller_comes_back_with_every_lease() -> None:
+    def body(testbed: Testbed) -> None:
+        ue1, ue2 = testbed.network.ues
+        session = testbed.page(ue1, TASK)["answer"]
+        anchor = session["commit"]["anchor"]
+        testbed.page(ue2, TASK)
+        before = testbed.request("GET", "/sessions")
+        testbed.kill_controller()
+        assert reached(testbed, ue1) == anchor  # the kernel goes on without it
+        testbed.start_controller()
+        assert testbed.request("GET", "/sessions") == before
+        target = "edge2" if anchor == "edge1" else "edge1"
+        path = f"/sessions/{session['sessionId']}/relocate"
+        moved = testbed.request("POST", path, {"target": target})
+        assert moved["commit"]["epoch"] == session["commit"]["epoch"] + 1
+        assert moved["serviceAddress"] == session["serviceAddress"]
+        assert reached(testbed, ue1) == target
+        entries = testbed.journal.read_text().splitlines()
+        assert [json.loads(line)["index"] for line in entries] == list(range(len(entries)))
+
+    on_a_testbed(body)
+
+
+def test_refusals_reach_the_ue_with_their_reason() -> None:
+    def body(testbed: Testbed) -> None:
+        ue1, _ = testbed.network.ues
+        with pytest.raises(UserError, match="TASK_UNKNOWN"):
+            testbed.page(ue1, "image-segmentation")
+        with pytest.raises(UserError, match=r"503.*no anchor satisfies"):
+            intent = {"task": TASK, "regions": ["atlantis"]}
+            testbed.request("POST", f"/sessions?ue={ue1.name}", intent)
+        # The operator's side is closed to UEs.
+        ask = "import httpx,sys; print(httpx.get(sys.argv[1]).status_code)"
+        url = f"{testbed.core_url}/status"
+        told = ue1.popen([sys.executable, "-c", ask, url], stdout=subprocess.PIPE)
+        assert told.communicate(timeout=20)[0].strip() == b"403"
+
+    on_a_testbed(body)
