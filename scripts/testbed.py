@@ -1,6 +1,7 @@
 """The testbed: an emulated network with its anchors and its controller running in it."""
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from upf.config import AnchorPort, Attachment, GateConfig
 from upf.features import Features
 
 CONTROL_PORT = 8080
+# The probes' load shares the machine's few cores with the control plane, as it would not outside
+# an emulation. Controller and anchors go before it.
+NICE = -15
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 10.0
@@ -173,6 +177,7 @@ class Testbed:
         """Start a program and wait for its first line of output, which says that it is ready."""
         with (self._folder / f"{name}.log").open("ab") as log:
             program = host.popen(command, stdout=subprocess.PIPE, stderr=log)
+        os.setpriority(os.PRIO_PROCESS, program.pid, NICE)
         self._programs[name] = program
         assert program.stdout is not None
         ready, _, _ = select.select([program.stdout], [], [], START_TIMEOUT_S)

@@ -1,5 +1,6 @@
 """What the experiments share: their options, their probe plan, and how they run isolated."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,7 +16,8 @@ from controlplane.controller import Settings
 from scripts import manifest
 from scripts.errors import EXIT_BAD_INPUT, EXIT_BY_SIGNAL, EXIT_FAILED, UserError, require_root
 from scripts.records import MANIFEST_FILE, write_json
-from scripts.testbed import Testbed, check
+from scripts.testbed import NICE, Testbed, check
+from topologies.delay_measurement import describe
 from topologies.endpoints.probe_plan import Direction, Flow, ProbePlan, Site
 from topologies.endpoints.probe_session import ProbeError
 from topologies.errors import TopologyError
@@ -80,6 +82,7 @@ def run(
     folder = common.out.resolve()
 
     def isolated() -> int:
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
         try:
             with ExitStack() as stack:
                 with console.status("building the network") as status:
@@ -113,19 +116,19 @@ def write_manifest(
 ) -> None:
     """Write the manifest, before the first packet."""
     options = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(common).items()}
-    write_json(
-        common.out / MANIFEST_FILE,
-        manifest.build(
-            experiment=experiment,
-            seed=common.seed,
-            options=options,
-            spec=scenario.spec,
-            catalogue=scenario.catalogue,
-            features=scenario.features,
-            network=network,
-            plan=plan,
-        ),
+    described = manifest.build(
+        experiment=experiment,
+        seed=common.seed,
+        options=options,
+        spec=scenario.spec,
+        catalogue=scenario.catalogue,
+        features=scenario.features,
+        network=network,
+        plan=plan,
     )
+    write_json(common.out / MANIFEST_FILE, described)
+    for line in describe(described["link_delays"]):
+        console.print(line, markup=False, highlight=False)
 
 
 def probe_plan(
