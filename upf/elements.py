@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST
+from pyroute2.netlink import (
+    NLM_F_ACK,
+    NLM_F_APPEND,
+    NLM_F_CREATE,
+    NLM_F_EXCL,
+    NLM_F_REQUEST,
+)
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES
 from pyroute2.netlink.nfnetlink.nftsocket import (
     NFPROTO_INET,
@@ -35,6 +41,7 @@ _TIMEOUT = struct.Struct(">Q")
 ADD_TYPE = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWSETELEM
 DELETE_TYPE = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELSETELEM
 ADD_FLAGS = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_APPEND
+ADD_NEW_FLAGS = ADD_FLAGS | NLM_F_EXCL  # an element that exists is an error, not a renewal
 DELETE_FLAGS = NLM_F_REQUEST
 
 # Netlink attributes carry their length in 16 bits; an element takes at most 436 bytes.
@@ -154,7 +161,9 @@ class EncodedBatch:
     groups: tuple[tuple[ElementChange, ...], ...]
 
 
-def encode_batch(changes: Sequence[ElementChange], first_number: int) -> EncodedBatch:
+def encode_batch(
+    changes: Sequence[ElementChange], first_number: int, add_flags: int = ADD_FLAGS
+) -> EncodedBatch:
     """Encode changes as one atomic batch, in order.
 
     Neighbouring additions to one set share a request. A deletion has a request of its own, so
@@ -164,7 +173,7 @@ def encode_batch(changes: Sequence[ElementChange], first_number: int) -> Encoded
     requests = []
     for number, group in enumerate(groups):
         adding = isinstance(group[0], Add)
-        flags = ADD_FLAGS if adding else DELETE_FLAGS
+        flags = add_flags if adding else DELETE_FLAGS
         if number == len(groups) - 1:
             flags |= NLM_F_ACK
         requests.append(

@@ -26,7 +26,7 @@ from controlplane.enforcement import (
     Usage,
 )
 from upf.config import GateConfig
-from upf.elements import Add, Counters, Delete, ElementChange
+from upf.elements import Add, Counters, Delete
 from upf.expressions import u32
 from upf.nft_socket import BatchError, NftSocket
 from upf.readback import Element, drop_counters, read_element, read_elements, table_comment
@@ -36,7 +36,9 @@ NS_PER_MS = 1_000_000
 # A timeout counts from when the kernel handles the batch, at most this long after it was computed
 # (checked each time); it is shortened by as much, so that no element outlives its lease.
 GUARD_MS = 1
+ELEMENTS_PER_GUARD_MS = 50  # and a large batch takes longer
 MAX_TRIES = 20
+MAX_FLOWS = 1_000  # in a batch of a reconciliation
 # A kernel timeout this close to what the journal says is the same deadline.
 SAME_DEADLINE_MS = 20
 
@@ -95,7 +97,7 @@ class Gate:
         self._config = config
         self._in_place_renewal = in_place_renewal
         self._clock = clock
-        self._socket = NftSocket(netns_path)
+        self._socket = NftSocket(netns_path, in_place_renewal=in_place_renewal)
         self._flows: dict[Flow, _FlowState] = {}
         self._anchors = {  # name -> mark and interface, as keys hold them
             anchor.name: (u32(config.mark(anchor.name)), ifname_key(anchor.interface))
@@ -163,7 +165,9 @@ class Gate:
         for flow, state in self._flows.items():
             if flow not in known and (state.binding or state.draining):
                 states[flow] = _FlowState(None, (), state.epoch)
-        self._commit(states)
+        flows = list(states)
+        for start in range(0, len(flows), MAX_FLOWS):
+            self._commit({flow: states[flow] for flow in flows[start : start + MAX_FLOWS]})
         return Reconciliation(
             adopted=tuple(sorted(adopted - installed)),
             installed=tuple(sorted(installed)),
@@ -225,7 +229,7 @@ class Gate:
     def _check(self, binding: Binding) -> None:
         if binding.anchor not in self._anchors:
             raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
-        if _timeout_ms(binding.expires_ns, self._clock()) <= 0:
+        if binding.expires_ns - self._clock() <= GUARD_MS * NS_PER_MS:
             raise EnforcementError(f"lease {binding.lease_id} is over before the gate could open")
 
     # From flow states to elements
@@ -267,7 +271,7 @@ class Gate:
             ]
         try:
             self._send(gone, changes)
-        except BatchError as error:
+        except (BatchError, OSError) as error:
             raise EnforcementError(str(error)) from error
         self._flows.update(states)
 
@@ -285,23 +289,27 @@ class Gate:
 
     def _send(self, gone: list[ElementName], changes: list[_Change]) -> None:
         """Send one batch. If it began to count too late to end in time, correct it at once."""
+        changes.sort(key=lambda change: change.name[0])  # neighbours of one set share a request
+        guard_ms = GUARD_MS + len(changes) // ELEMENTS_PER_GUARD_MS
         for _ in range(MAX_TRIES):
             computed_ns = self._clock()
-            batch: list[ElementChange] = [Delete(*name) for name in gone]
+            deletes = [Delete(*name) for name in gone]
+            adds = []
             for change in changes:
                 name, wanted = change.name, change.wanted
-                timeout_ms = _timeout_ms(wanted.deadline_ns, computed_ns)
+                timeout_ms = (wanted.deadline_ns - computed_ns) // NS_PER_MS - guard_ms
                 if change.replaces or timeout_ms <= 0:
-                    batch.append(Delete(*name))
+                    deletes.append(Delete(*name))
                 if timeout_ms > 0:
-                    batch.append(
+                    adds.append(
                         Add(*name, timeout_ms, wanted.data, wanted.comment, change.counters)
                     )
-            self._socket.commit(batch)
-            if not changes or self._clock() - computed_ns <= GUARD_MS * NS_PER_MS:
+            self._socket.commit([*deletes, *adds])
+            if not changes or self._clock() - computed_ns <= guard_ms * NS_PER_MS:
                 return
             gone = []
             changes = [self._change(c.name, c.wanted, c.wanted) for c in changes]
+        self._socket.commit([Delete(*change.name) for change in changes])  # fail closed
         raise EnforcementError("this machine is too slow to time a lease")
 
     # Back from the kernel
@@ -362,10 +370,6 @@ def _binding(element: Element, size: int, anchor: str, now_ns: int) -> Binding:
 
 def _subject(operation: Install | Move | Renew | Revoke) -> Binding:
     return operation.new if isinstance(operation, Move) else operation.binding
-
-
-def _timeout_ms(deadline_ns: int, now_ns: int) -> int:
-    return (deadline_ns - now_ns) // NS_PER_MS - GUARD_MS
 
 
 def _comment(binding: Binding) -> bytes:

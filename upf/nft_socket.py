@@ -13,7 +13,14 @@ from typing import Any
 
 from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
 
-from upf.elements import Delete, ElementChange, encode_batch
+from upf.elements import (
+    ADD_FLAGS,
+    ADD_NEW_FLAGS,
+    Delete,
+    ElementChange,
+    EncodedBatch,
+    encode_batch,
+)
 from upf.netns import in_namespace
 from upf.schema import Message
 
@@ -24,7 +31,7 @@ SOL_NETLINK, NETLINK_CAP_ACK = 270, 10
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 BUFFER_BYTES = 16 << 20
 RECEIVE_BYTES = 1 << 18
-MAX_DUMP_TRIES = 10
+MAX_TRIES = 10
 # The kernel answers while it handles the send; an answer that is not there by then never comes.
 ANSWER_TIMEOUT_S = 5.0
 
@@ -41,9 +48,14 @@ class BatchError(Exception):
 
 
 class NftSocket:
-    """Talks nf_tables with the kernel about one network namespace."""
+    """Talks nf_tables with the kernel about one network namespace.
 
-    def __init__(self, netns_path: str) -> None:
+    `in_place_renewal`: adding an element that exists renews its timeout. Where the kernel would
+    silently leave it as it is, it is deleted first.
+    """
+
+    def __init__(self, netns_path: str, *, in_place_renewal: bool) -> None:
+        self._add_flags = ADD_FLAGS if in_place_renewal else ADD_NEW_FLAGS
         self._socket = in_namespace(netns_path, _open)
         self._next_number = 1
 
@@ -52,25 +64,35 @@ class NftSocket:
         self._socket.close()
 
     def commit(self, changes: Sequence[ElementChange]) -> None:
-        """Apply element changes in one atomic batch; deleting what is not there is no error.
+        """Apply element changes in one atomic batch.
 
-        When this returns the kernel has acknowledged. Raises BatchError if it refused.
+        Deleting what is not there is no error, nor is adding what is there: the caller cannot
+        know to the tick when an element expires. When this returns the kernel has acknowledged.
+        Raises BatchError if it refused.
         """
-        remaining = list(changes)
-        while remaining:
-            batch = encode_batch(remaining, self._number(len(remaining)))
+        batch = self._encode(changes)
+        for _ in range(MAX_TRIES):
+            if not batch.groups:
+                return
+            corrected: list[ElementChange] = []
+            refused = 0
             codes = self._exchange(batch.data, batch.first_number, len(batch.groups))
-            missing: list[ElementChange] = []
             for group, code in zip(batch.groups, codes, strict=True):
                 if code == errno.ENOENT and isinstance(group[0], Delete):
-                    missing.append(group[0])
+                    pass  # it expired meanwhile
+                elif code == errno.EEXIST:  # one of these has not expired yet
+                    corrected += [Delete(change.set_name, change.key) for change in group]
+                    corrected += group
                 elif code:
                     verb = type(group[0]).__name__.lower()
                     raise BatchError(code, f"to {verb} an element of {group[0].set_name}")
-            if not missing:
+                else:
+                    corrected += group
+                refused += code != 0
+            if not refused:
                 return
-            # The batch failed as a whole. Those elements expired meanwhile: go on without them.
-            remaining = [change for change in remaining if change not in missing]
+            batch = self._encode(corrected)
+        raise BatchError(errno.EAGAIN, "every try of a batch")
 
     def commit_messages(self, messages: Sequence[Message]) -> None:
         """Send pyroute2 messages, enclosed by `schema.batch`, as one atomic batch."""
@@ -88,7 +110,7 @@ class NftSocket:
 
     def get(self, message: Message, *, dump: bool) -> list[Any]:
         """Send one pyroute2 query and return the decoded answers; no answer if there is no such."""
-        for _ in range(MAX_DUMP_TRIES):
+        for _ in range(MAX_TRIES):
             number = self._number(1)
             message["header"]["sequence_number"] = number
             message["header"]["flags"] = NLM_F_REQUEST | (NLM_F_DUMP if dump else NLM_F_ACK)
@@ -98,6 +120,9 @@ class NftSocket:
             if answers is not None:
                 return answers
         raise OSError(errno.EAGAIN, "the ruleset changed during every try to read it")
+
+    def _encode(self, changes: Sequence[ElementChange]) -> EncodedBatch:
+        return encode_batch(changes, self._number(len(changes)), self._add_flags)
 
     def _number(self, count: int) -> int:
         first = self._next_number

@@ -1,15 +1,17 @@
 """The gate's nftables table: sets, maps, chains and rules. None of it carries authority.
 
-    n3 --> uplink --> from_ue ----> to_service --> steer map: mark, accept
-              |          |              `--------> no_lease_uplink: count, drop
-              |          `--> anchor's own address: direct_to_anchor: count, drop
-              `--> not that UE's address: spoofed_source: count, drop
-    n6 --> downlink --> from_service --> return set: accept
-                                `------> no_lease_downlink: count, drop
+    prerouting, raw      gate: to a service --> uplink: source is that UE's own? else spoofed_source
+                             |                    `--> steer map: mark, accept; else no_lease_uplink
+                             |--> from a service --> downlink: return set? else no_lease_downlink
+                             |--> from N3 to an anchor's own address --> direct_to_anchor
+                             `--> from an anchor to a UE, as no service --> no_lease_downlink
+    prerouting, mangle   gate_tcp: the same for TCP, after conntrack
+    forward              a source that is not that UE's own --> spoofed_source; QoS class
 
-TCP connections are pinned by conntrack mark to the anchor on which they began (`drain` set); all
-other service traffic stays out of conntrack. Each address family has its own chains and sets
-(suffix 4 or 6), in one `inet` table so that one batch changes all of it.
+Each reason to drop is a chain that counts. TCP connections are pinned by conntrack mark to the
+anchor on which they began (`drain` set); all other service traffic stays out of conntrack. Each
+address family has its own chains and sets (suffix 4 or 6), in one `inet` table so that one batch
+changes all of it.
 """
 
 import hashlib
@@ -43,7 +45,7 @@ from upf.config import MARK_BASE, MARK_MASK, GateConfig
 from upf.expressions import Expression
 
 TABLE = "aipaging"
-VERSION = 1
+VERSION = 2
 DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
 
 PREROUTING, FORWARD = 0, 2
@@ -288,132 +290,110 @@ class Schema:
         for reason in DROP_REASONS:
             yield make(reason)
         for family in FAMILIES:
-            for stem in ("to_service", "from_ue", "uplink", "from_service", "downlink", "forward"):
+            for stem in ("uplink", "downlink", "uplink_tcp", "downlink_tcp", "forward"):
                 yield make(family.name(stem))
-        yield make("untracked", (PREROUTING, PRIORITY_RAW))
-        yield make("prerouting", (PREROUTING, PRIORITY_MANGLE))
+        yield make("gate", (PREROUTING, PRIORITY_RAW))
+        yield make("gate_tcp", (PREROUTING, PRIORITY_MANGLE))
         yield make("forward", (FORWARD, PRIORITY_MANGLE))
 
     def _rules(self) -> Iterator[tuple[str, list[Expression]]]:
         for reason in DROP_REASONS:
             yield reason, [nft.counter(), nft.verdict(nft.DROP)]
-        for family in FAMILIES:
-            yield from self._family_rules(family)
-
-        from_n3 = [nft.meta_load(nft.META_IIFNAME), nft.in_set("n3")]
-        not_n3 = [nft.meta_load(nft.META_IIFNAME), nft.in_set("n3", absent=True)]
+        yield "gate_tcp", [*_NOT_TCP, nft.verdict(nft.ACCEPT)]
         ours = [
             nft.meta_load(nft.META_MARK),
             nft.mask(nft.u32(MARK_MASK)),
             nft.compare(nft.u32(MARK_BASE)),
         ]
-        for family in FAMILIES:
-            proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
-            yield "prerouting", [*proto, *from_n3, nft.goto(family.name("uplink"))]
-            yield "prerouting", [*proto, *not_n3, nft.goto(family.name("downlink"))]
         yield "forward", [*ours, nft.verdict(nft.ACCEPT)]  # steered: its source was checked
         for family in FAMILIES:
             proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
+            index = FAMILIES.index(family)
+            services = self.config.service_prefixes[index]
+            ues = self.config.ue_prefixes[index]
+            to_service = [*proto, *_within(family, "daddr", services)]
+            from_service = [*proto, *_within(family, "saddr", services)]
+            for chain, suffix in (("gate", ""), ("gate_tcp", "_tcp")):
+                yield chain, [*to_service, nft.goto(family.name(f"uplink{suffix}"))]
+                yield chain, [*from_service, nft.goto(family.name(f"downlink{suffix}"))]
+            to_anchor = [*proto, *_key(family, "daddr"), nft.in_set(family.name("anchors"))]
+            yield "gate", [*to_anchor, *_iif_in("n3"), nft.goto("direct_to_anchor")]
+            to_ue = [*proto, *_within(family, "daddr", ues)]
+            yield "gate", [*to_ue, *_iif_in("anchor_ports"), nft.goto("no_lease_downlink")]
             yield "forward", [*proto, nft.goto(family.name("forward"))]
+            yield from self._gate_rules(family)
+            yield from self._tcp_rules(family)
+            yield from self._forward_rules(family, services)
 
-    def _family_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
-        index = FAMILIES.index(family)
-        services = self.config.service_prefixes[index]
-        ues = self.config.ue_prefixes[index]
-        name = family.name
-        proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
-        tcp = [nft.meta_load(nft.META_L4PROTO), nft.compare(bytes([IPPROTO_TCP]))]
-        not_tcp = [
-            nft.meta_load(nft.META_L4PROTO),
-            nft.compare(bytes([IPPROTO_TCP]), operator=nft.CMP_NEQ),
-        ]
-        steer = [*_key(family, "saddr", "daddr"), nft.from_map(name("steer"))]
+    def _gate_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
+        """What is not TCP is decided here, by the lease alone, and stays out of conntrack."""
+        uplink, downlink = family.name("uplink"), family.name("downlink")
+        not_its_own = nft.in_set(family.name("access"), absent=True)
+        yield uplink, [*_key(family, "iifname", "saddr"), not_its_own, nft.goto("spoofed_source")]
+        pass_on = [nft.notrack(), nft.verdict(nft.ACCEPT)]
+        yield uplink, [*_NOT_TCP, *_steer(family), nft.meta_set(nft.META_MARK), *pass_on]
+        yield uplink, [*_NOT_TCP, nft.goto("no_lease_uplink")]
+        yield downlink, [*_NOT_TCP, *_leased(family), *pass_on]
+        yield downlink, [*_NOT_TCP, nft.goto("no_lease_downlink")]
 
-        for field in ("daddr", "saddr"):
-            yield "untracked", [*proto, *_within(family, field, services), *not_tcp, nft.notrack()]
-
-        uplink = name("uplink")
-        yield (
-            uplink,
-            [
-                *_key(family, "iifname", "saddr"),
-                nft.in_set(name("access")),
-                nft.goto(name("from_ue")),
-            ],
-        )
-        yield uplink, [*_within(family, "daddr", services), nft.goto("spoofed_source")]
-
-        from_ue = name("from_ue")
-        yield from_ue, [*_within(family, "daddr", services), nft.goto(name("to_service"))]
-        yield (
-            from_ue,
-            [
-                *_key(family, "daddr"),
-                nft.in_set(name("anchors")),
-                nft.goto("direct_to_anchor"),
-            ],
-        )
-
-        to_service = name("to_service")
-        yield (
-            to_service,
-            [*not_tcp, *steer, nft.meta_set(nft.META_MARK), nft.verdict(nft.ACCEPT)],
-        )
-        yield to_service, [*not_tcp, nft.goto("no_lease_uplink")]
-        # TCP: a SYN of an unknown connection pins it to the anchor of the lease.
+    def _tcp_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
+        """A connection belongs to the anchor on which it began: conntrack's mark says which."""
+        uplink, downlink = family.name("uplink_tcp"), family.name("downlink_tcp")
+        # The SYN of an unknown connection pins it to the anchor of the lease.
         syn = [
             nft.payload(nft.TRANSPORT_HEADER, TCP_FLAGS_OFFSET, 1, nft.REG_1),
             nft.mask(bytes([TCP_SYN | TCP_ACK])),
             nft.compare(bytes([TCP_SYN])),
         ]
         unpinned = [nft.ct_load_mark(), nft.compare(nft.u32(0))]
-        yield to_service, [*tcp, *syn, *unpinned, *steer, nft.ct_set_mark()]
+        yield uplink, [*syn, *unpinned, *_steer(family), nft.ct_set_mark()]
         # Later packets pass if the lease steers where the connection lives ...
-        yield to_service, [nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
-        yield to_service, [*steer, nft.meta_set(nft.META_MARK)]
+        yield uplink, [nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
+        yield uplink, [*_steer(family), nft.meta_set(nft.META_MARK)]
         same = [*_key(family, "mark", "ct mark"), nft.in_set("same")]
-        yield to_service, [*same, nft.verdict(nft.ACCEPT)]
+        yield uplink, [*same, nft.verdict(nft.ACCEPT)]
         # ... or if the place where it lives is draining.
-        draining = [*_key(family, "saddr", "daddr", "ct mark"), nft.in_set(name("drain"))]
+        draining = [*_key(family, "saddr", "daddr", "ct mark"), nft.in_set(family.name("drain"))]
         to_pinned = [nft.ct_load_mark(), nft.meta_set(nft.META_MARK)]
-        yield to_service, [*draining, *to_pinned, nft.verdict(nft.ACCEPT)]
-        yield to_service, [nft.goto("no_lease_uplink")]
+        yield uplink, [*draining, *to_pinned, nft.verdict(nft.ACCEPT)]
+        yield uplink, [nft.goto("no_lease_uplink")]
 
-        downlink = name("downlink")
-        yield downlink, [*_within(family, "saddr", services), nft.goto(name("from_service"))]
-        yield (
-            downlink,
-            [
-                nft.meta_load(nft.META_IIFNAME),
-                nft.in_set("anchor_ports"),
-                *_within(family, "daddr", ues),
-                nft.goto("no_lease_downlink"),
-            ],
-        )
-
-        from_service = name("from_service")
         not_home = [*_key(family, "iifname", "ct mark"), nft.in_set("home", absent=True)]
-        yield from_service, [*tcp, *not_home, nft.goto("no_lease_downlink")]
-        leased = [*_key(family, "daddr", "saddr", "iifname"), nft.in_set(name("return"))]
-        yield from_service, [*leased, nft.verdict(nft.ACCEPT)]
-        yield from_service, [nft.goto("no_lease_downlink")]
+        yield downlink, [*not_home, nft.goto("no_lease_downlink")]
+        yield downlink, [*_leased(family), nft.verdict(nft.ACCEPT)]
+        yield downlink, [nft.goto("no_lease_downlink")]
 
-        forward = name("forward")
-        yield (
-            forward,
-            [
-                nft.meta_load(nft.META_IIFNAME),
-                nft.in_set("n3"),
-                *_key(family, "iifname", "saddr"),
-                nft.in_set(name("access"), absent=True),
-                nft.goto("spoofed_source"),
-            ],
-        )
-        qos = [*_key(family, "daddr", "saddr"), nft.from_map(name("qos"))]
-        yield (
-            forward,
-            [*_within(family, "saddr", services), *qos, nft.meta_set(nft.META_PRIORITY)],
-        )
+    def _forward_rules(
+        self, family: Family, services: IPv4Network | IPv6Network
+    ) -> Iterator[tuple[str, list[Expression]]]:
+        """Nothing with a foreign source leaves N3; what a lease answers gets its QoS class."""
+        forward = family.name("forward")
+        not_its_own = nft.in_set(family.name("access"), absent=True)
+        spoofed = [*_iif_in("n3"), *_key(family, "iifname", "saddr"), not_its_own]
+        yield forward, [*spoofed, nft.goto("spoofed_source")]
+        qos = [*_key(family, "daddr", "saddr"), nft.from_map(family.name("qos"))]
+        answer = _within(family, "saddr", services)
+        yield forward, [*answer, *qos, nft.meta_set(nft.META_PRIORITY)]
+
+
+_NOT_TCP = [
+    nft.meta_load(nft.META_L4PROTO),
+    nft.compare(bytes([IPPROTO_TCP]), operator=nft.CMP_NEQ),
+]
+
+
+def _iif_in(name: str) -> list[Expression]:
+    return [nft.meta_load(nft.META_IIFNAME), nft.in_set(name)]
+
+
+def _steer(family: Family) -> list[Expression]:
+    """Load the mark that the lease of this UE and service steers by; without one, go no further."""
+    return [*_key(family, "saddr", "daddr"), nft.from_map(family.name("steer"))]
+
+
+def _leased(family: Family) -> list[Expression]:
+    """Go on if a lease lets this anchor answer this UE as this service."""
+    return [*_key(family, "daddr", "saddr", "iifname"), nft.in_set(family.name("return"))]
 
 
 def message(kind: type, number: int, *, flags: int = 0, **attributes: Any) -> Message:

@@ -58,7 +58,7 @@ class PackedInstaller:
     """The packed encoder on a plain netlink socket."""
 
     def __init__(self, netns_path: str) -> None:
-        self.socket = NftSocket(netns_path)
+        self.socket = NftSocket(netns_path, in_place_renewal=True)
 
     def install(self, elements: Sequence[Add]) -> int:
         """Encode, send and wait for the acknowledgement."""
@@ -142,7 +142,7 @@ class CommandLineInstaller:
             for name, group in grouped(elements)
         )
 
-        NftSocket(self._path).close()  # waits, as the command would
+        NftSocket(self._path, in_place_renewal=True).close()  # waits, as the command would
 
         def run() -> int:
             begin_ns = time.perf_counter_ns()
