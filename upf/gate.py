@@ -37,7 +37,7 @@ NS_PER_MS = 1_000_000
 # (checked each time); it is shortened by as much, so that no element outlives its lease.
 GUARD_MS = 1
 ELEMENTS_PER_GUARD_MS = 50  # and a large batch takes longer
-MAX_TRIES = 20
+MAX_TRIES = 12
 MAX_FLOWS = 1_000  # in a batch of a reconciliation
 # A kernel timeout this close to what the journal says is the same deadline.
 SAME_DEADLINE_MS = 20
@@ -290,8 +290,9 @@ class Gate:
     def _send(self, gone: list[ElementName], changes: list[_Change]) -> None:
         """Send one batch. If it began to count too late to end in time, correct it at once."""
         changes.sort(key=lambda change: change.name[0])  # neighbours of one set share a request
-        guard_ms = GUARD_MS + len(changes) // ELEMENTS_PER_GUARD_MS
-        for _ in range(MAX_TRIES):
+        least_ms = GUARD_MS + len(changes) // ELEMENTS_PER_GUARD_MS
+        for doublings in range(MAX_TRIES):
+            guard_ms = least_ms << doublings
             computed_ns = self._clock()
             deletes = [Delete(*name) for name in gone]
             adds = []

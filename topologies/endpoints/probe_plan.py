@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -73,6 +74,8 @@ class ProbePlan:
     max_duration_s: float
     """The sender stops after this time whatever happens."""
     payload_bytes: int = 64
+    sender_cpu: int | None = None
+    """The CPU that the sender alone uses; None: any. The driver keeps everything else off it."""
     waiting_time_ms: int = 300
     """How long the receivers go on after the last packet was sent (RFC 7680, section 2.3)."""
 
@@ -148,6 +151,8 @@ def _check(plan: ProbePlan) -> None:
         MIN_PAYLOAD_BYTES <= plan.payload_bytes <= MAX_PAYLOAD_BYTES,
         f"payload_bytes {plan.payload_bytes}: {MIN_PAYLOAD_BYTES} to {MAX_PAYLOAD_BYTES}",
     )
+    if plan.sender_cpu is not None:
+        _require(plan.sender_cpu in range(os.cpu_count() or 1), f"sender_cpu {plan.sender_cpu}")
     _require(plan.waiting_time_ms > 0, f"waiting_time_ms {plan.waiting_time_ms}")
     names = [site.name for site in plan.sites]
     _require(len(set(names)) == len(names) <= MAX_SITES, "sites: names repeat or too many sites")

@@ -144,6 +144,8 @@ def run_sender(
     max_error_ns = 0
     unsent: list[Unsent] = []
     packets = plan.max_packets_per_flow * count
+    if plan.sender_cpu is not None:
+        os.sched_setaffinity(0, {plan.sender_cpu})
     realtime = _go_realtime((SPIN_NS + count * stagger_ns) / interval_ns)
     ready()
     begin_ns = monotonic_ns() + START_DELAY_NS
