@@ -112,7 +112,7 @@ def _common_options(command: Command) -> Command:
     type=click.IntRange(100, 60_000),
     default=300,
     show_default=True,
-    help="How long an episode lasts: its packets are those sent in it.",
+    help="How long an episode lasts, at least: its packets are those sent in it.",
 )
 def relocation(**options: Any) -> None:
     """Move live traffic between two anchors; count what is lost.
