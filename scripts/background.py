@@ -1,6 +1,8 @@
 """`aipaging up`, `shell`, `page` and `down`: a network that runs in the background, to try out."""
 
 import json
+import os
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,8 @@ def up(file: str, catalogue: Path, evidence: Path | None, as_json: bool) -> None
 def shell(host: str, command: tuple[str, ...]) -> int:
     """Run COMMAND (by default your shell) in HOST of the network that is up."""
     require_root("entering an emulated host")
+    # So that `aipaging` means this one there, too.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return lifecycle.shell(host, command)
 
 

@@ -50,16 +50,9 @@ KERNEL = {
         False,
         "a lease is renewed by deleting and adding it, in one batch",
     ),
-    "destroy_element": (
-        "DESTROYSETELEM (Linux 6.3)",
-        False,
-        "deleting an element that has just expired fails its batch, which is tried again",
-    ),
     "conntrack": ("connection tracking in rules", True, "TCP is not pinned to its anchor"),
     "ct_mark": ("connection marks in rules", True, "TCP is not pinned to its anchor"),
-    "nft_netdev": ("nf_tables, netdev family", False, "no filtering at the ingress of a link"),
-    "nft_queue": ("nf_tables queue expression", False, "paging uses the NFQUEUE target"),
-    "nfqueue_target": ("NFQUEUE target in nf_tables", False, "paging uses the queue expression"),
+    "nft_bridge": ("nf_tables, bridge family", True, "no guard against spoofing in a cell"),
     "so_timestampns": ("kernel receive timestamps", True, "no delay or outage can be measured"),
     "so_rxq_ovfl": ("count of socket overflows", True, "own drops would look like the network's"),
     "so_rcvbufforce": (
@@ -187,6 +180,15 @@ def _kernel(features: Features) -> Iterator[Check]:
             found="yes" if ok else f"no: {reason}",
             without=without,
         )
+    delay = "netem" if features.netem else "a relay in user space"
+    possible = features.netem or features.packet_vnet_hdr
+    yield Check(
+        name="link delay",
+        ok=possible,
+        required=True,
+        found=f"by {delay}" if possible else "no: neither netem nor PACKET_VNET_HDR",
+        without="no topology with a delayed link, such as the built-in ones",
+    )
 
 
 def show(found: list[Check], console: Console) -> None:

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import socket
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,7 @@ from upf import expressions as nft
 from upf.schema import batch, message
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWPID = 0x00020000, 0x40000000, 0x20000000
-NFPROTO_INET, NFPROTO_NETDEV = 1, 5
-NFT_MSG_DESTROYSETELEM = 30  # pyroute2 0.9 has no name for it
+NFPROTO_INET, NFPROTO_BRIDGE = 1, 7
 SO_RXQ_OVFL, PACKET_VNET_HDR, SOL_PACKET = 40, 15, 263
 SO_TIMESTAMPNS, SO_RCVBUFFORCE = 35, 33
 CT_STATE = 0
@@ -168,8 +166,8 @@ def _nft_inet() -> None:
     _commit(_table())
 
 
-def _nft_netdev() -> None:
-    _commit(_table(), family=NFPROTO_NETDEV)
+def _nft_bridge() -> None:
+    _commit(_table(), family=NFPROTO_BRIDGE)
 
 
 def _timeout_map() -> None:
@@ -207,11 +205,6 @@ def _in_place_renewal() -> None:
         raise OSError(errno.EOPNOTSUPP, "the old timeout stayed")
 
 
-def _destroy_element() -> None:
-    _commit(_element(nftsocket.NFT_MSG_DELSETELEM))
-    _commit(_element(NFT_MSG_DESTROYSETELEM))
-
-
 def _expression(name: str, *attributes: tuple[str, Any]) -> nft.Expression:
     return {"attrs": [("NFTA_EXPR_NAME", name), ("NFTA_EXPR_DATA", {"attrs": list(attributes)})]}
 
@@ -222,22 +215,6 @@ def _conntrack() -> None:
 
 def _ct_mark() -> None:
     _try_rule(nft.ct_load_mark(), nft.ct_set_mark())
-
-
-def _nft_queue() -> None:
-    _try_rule(_expression("queue", ("NFTA_QUEUE_NUM", 0), ("NFTA_QUEUE_TOTAL", 1)))
-
-
-def _nfqueue_target() -> None:
-    info = struct.pack("=HHHxx", 0, 1, 0)  # struct xt_NFQ_info_v3, aligned to 8
-    _try_rule(
-        _expression(
-            "target",
-            ("NFTA_TARGET_NAME", "NFQUEUE"),
-            ("NFTA_TARGET_REV", 3),
-            ("NFTA_TARGET_INFO", info),
-        )
-    )
 
 
 # --- sockets ----------------------------------------------------------------------------------
@@ -279,14 +256,11 @@ PROBES: tuple[Callable[[], None], ...] = (
     _htb,
     _netem,
     _nft_inet,
-    _nft_netdev,
+    _nft_bridge,
     _timeout_map,
     _in_place_renewal,
-    _destroy_element,
     _conntrack,
     _ct_mark,
-    _nft_queue,
-    _nfqueue_target,
     _so_timestampns,
     _so_rxq_ovfl,
     _so_rcvbufforce,

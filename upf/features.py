@@ -29,14 +29,11 @@ class Features:
     htb: bool = False
     netem: bool = False
     nft_inet: bool = False  # nf_tables, `inet` family
-    nft_netdev: bool = False  # nf_tables, `netdev` family
+    nft_bridge: bool = False  # nf_tables, `bridge` family
     timeout_map: bool = False  # map whose elements have a timeout and a counter
     in_place_renewal: bool = False  # adding an element that exists renews its timeout (6.12)
-    destroy_element: bool = False  # NFT_MSG_DESTROYSETELEM: delete, and no error if gone (6.3)
     conntrack: bool = False  # `ct state` in a rule
     ct_mark: bool = False  # `ct mark` read and set in a rule
-    nft_queue: bool = False  # the `queue` expression
-    nfqueue_target: bool = False  # the NFQUEUE target through nft_compat
     so_timestampns: bool = False
     so_rxq_ovfl: bool = False
     so_rcvbufforce: bool = False

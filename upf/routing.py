@@ -6,7 +6,6 @@ lease gives, a service address has no route at all.
 
 import errno
 import socket
-from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -24,80 +23,71 @@ class RoutingError(Exception):
 
 
 def install(netns_path: str, config: GateConfig) -> None:
-    """Install rules and tables for every anchor, replacing ours of an earlier run; read back."""
+    """Install a rule and a route for every anchor; read back.
+
+    What is there already and right stays as it is, so that a restart disturbs no packet; what is
+    ours and is wanted no more is removed last.
+    """
     with route_socket(netns_path) as routes:
-        _remove(routes)
         for number, anchor in enumerate(config.anchors):
             found = routes.link_lookup(ifname=anchor.interface)
             if not found:
                 raise RoutingError(f"anchor {anchor.name}: no interface {anchor.interface}")
             for family, gateway in zip(FAMILIES, (anchor.address4, anchor.address6), strict=True):
-                table = FIRST_TABLE + number
                 routes.route(
                     "replace",
                     family=family,
                     dst="default",
                     gateway=str(gateway),
                     oif=found[0],
-                    table=table,
+                    table=FIRST_TABLE + number,
                 )
-                routes.rule(
-                    "add",
-                    family=family,
-                    fwmark=config.mark(anchor.name),
-                    fwmask=0xFFFFFFFF,
-                    table=table,
-                    priority=RULE_PRIORITY,
-                )
-        _check(routes, config)
+        wanted = {
+            (config.mark(anchor.name), FIRST_TABLE + number)
+            for number, anchor in enumerate(config.anchors)
+        }
+        for family in FAMILIES:
+            have = _ours(routes, family)
+            for mark, table in wanted - have:
+                routes.rule("add", family=family, **_rule(mark, table))
+            _remove(routes, family, have - wanted)
+            _check(routes, family, wanted)
 
 
 def remove(netns_path: str) -> None:
     """Remove our rules and tables."""
     with route_socket(netns_path) as routes:
-        _remove(routes)
+        for family in FAMILIES:
+            _remove(routes, family, _ours(routes, family))
 
 
-def _ours(routes: IPRoute, family: int) -> list[Any]:
-    return [
-        rule
+def _rule(mark: int, table: int) -> dict[str, int]:
+    return {"fwmark": mark, "fwmask": 0xFFFFFFFF, "table": table, "priority": RULE_PRIORITY}
+
+
+def _ours(routes: IPRoute, family: int) -> set[tuple[int, int]]:
+    """Return (mark, table) of every rule of ours."""
+    return {
+        (rule.get_attr("FRA_FWMARK"), rule.get_attr("FRA_TABLE"))
         for rule in routes.get_rules(family=family)
         if rule.get_attr("FRA_PRIORITY") == RULE_PRIORITY
         and (rule.get_attr("FRA_FWMARK") or 0) & MARK_MASK == MARK_BASE
-    ]
-
-
-def _remove(routes: IPRoute) -> None:
-    for family in FAMILIES:
-        for rule in _ours(routes, family):
-            table = rule.get_attr("FRA_TABLE")
-            routes.rule(
-                "del",
-                family=family,
-                priority=RULE_PRIORITY,
-                fwmark=rule.get_attr("FRA_FWMARK"),
-                fwmask=rule.get_attr("FRA_FWMASK"),
-                table=table,
-            )
-            try:
-                routes.flush_routes(family=family, table=table)
-            except NetlinkError as error:
-                if error.code != errno.ENOENT:
-                    raise
-
-
-def _check(routes: IPRoute, config: GateConfig) -> None:
-    wanted = {
-        (config.mark(anchor.name), FIRST_TABLE + number)
-        for number, anchor in enumerate(config.anchors)
     }
-    for family in FAMILIES:
-        found = {
-            (rule.get_attr("FRA_FWMARK"), rule.get_attr("FRA_TABLE"))
-            for rule in _ours(routes, family)
-        }
-        if found != wanted:
-            raise RoutingError(f"policy rules read back as {found}, asked for {wanted}")
-        for _, table in wanted:
-            if not routes.get_routes(family=family, table=table):
-                raise RoutingError(f"route table {table} is empty after it was filled")
+
+
+def _remove(routes: IPRoute, family: int, rules: set[tuple[int, int]]) -> None:
+    for mark, table in rules:
+        routes.rule("del", family=family, **_rule(mark, table))
+        try:
+            routes.flush_routes(family=family, table=table)
+        except NetlinkError as error:
+            if error.code != errno.ENOENT:
+                raise
+
+
+def _check(routes: IPRoute, family: int, wanted: set[tuple[int, int]]) -> None:
+    if (found := _ours(routes, family)) != wanted:
+        raise RoutingError(f"policy rules read back as {found}, asked for {wanted}")
+    for _, table in wanted:
+        if not routes.get_routes(family=family, table=table):
+            raise RoutingError(f"route table {table} is empty after it was filled")

@@ -50,7 +50,6 @@ def test_every_absence_has_a_reason(features: Features) -> None:
 def test_agrees_with_the_kernel_version(features: Features) -> None:
     major, minor = (int(part) for part in features.kernel.split("-")[0].split(".")[:2])
     assert features.in_place_renewal == ((major, minor) >= (6, 12))
-    assert features.destroy_element == ((major, minor) >= (6, 3))
 
 
 def test_is_json(features: Features) -> None:

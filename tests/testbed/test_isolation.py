@@ -172,11 +172,11 @@ def small() -> TopologySpec:
 
 def test_up_shell_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     try:
-        registration = lifecycle.up(small(), tmp_path)
+        registration = lifecycle.up(small(), registry=tmp_path)
         assert registration.alive()
         assert any("10.45.0.1" in line for line in registration.describe())
         with pytest.raises(LifecycleError, match="is up already"):
-            lifecycle.up(small(), tmp_path)
+            lifecycle.up(small(), registry=tmp_path)
         assert lifecycle.shell("ue1", ["cat", "/proc/net/dev"], tmp_path) == 0
         assert "radio-gnb1" in capfd.readouterr().out
         assert lifecycle.shell("ue1", ["sh", "-c", "exit 9"], tmp_path) == 9
@@ -193,7 +193,7 @@ def test_up_shell_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Non
 
 
 def test_what_was_killed_is_swept_and_no_stranger_is_touched(tmp_path: Path) -> None:
-    registration = lifecycle.up(small(), tmp_path)
+    registration = lifecycle.up(small(), registry=tmp_path)
     try:
         # The same registration with another start time stands for a reused pid.
         reused = registration.model_copy(update={"start_ticks": registration.start_ticks + 1})
@@ -214,5 +214,5 @@ def test_a_network_that_cannot_be_built_says_why(
     monkeypatch.setattr("topologies.delay.netem_missing", lambda: "no netem")
     monkeypatch.setattr("topologies.delay.relay_missing", lambda: "no packet sockets")
     with pytest.raises(LifecycleError, match="no netem; no packet sockets"):
-        lifecycle.up(small(), tmp_path)
+        lifecycle.up(small(), registry=tmp_path)
     assert not list(tmp_path.glob("*.json"))

@@ -1,9 +1,12 @@
 """Sessions on the emulated network: what a UE, its anchor and the operator see of a lease."""
 
 import json
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from testbed_helpers import in_isolation, udp
@@ -20,7 +23,7 @@ from upf.features import probe
 
 pytestmark = pytest.mark.testbed
 TASK = "text-generation"
-PORT = 7000
+SO_RCVBUFFORCE = 33
 
 
 def on_a_testbed(body: Callable[[Testbed], None]) -> None:
@@ -63,6 +66,37 @@ def reached(testbed: Testbed, ue: Ue, *, source: Ue | None = None) -> str | None
         listener.close()
     assert len(got) <= 1
     return got[0] if got else None
+
+
+@contextmanager
+def traffic(testbed: Testbed, ue: Ue, anchor: str) -> Iterator[dict[str, int]]:
+    """Send 1,000 datagrams/s to the service for as long as this is open; count both ends."""
+    service = testbed.catalogue.services[0].address4
+    counts = {"sent": 0, "received": 0}
+    done = threading.Event()
+    with (
+        udp(testbed.network.anchors[anchor], service) as receiver,
+        udp(ue, ue.address4) as sender,
+    ):
+        receiver.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
+        port = receiver.getsockname()[1]
+
+        def send() -> None:
+            while not done.wait(0.001):
+                sender.sendto(b"x", (str(service), port))
+                counts["sent"] += 1
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            yield counts
+        finally:
+            done.set()
+            thread.join()
+        receiver.settimeout(0.3)
+        with suppress(TimeoutError):
+            while receiver.recv(10):
+                counts["received"] += 1
 
 
 def test_a_lease_from_intent_to_release() -> None:
@@ -117,9 +151,12 @@ def test_a_killed_controller_comes_back_with_every_lease() -> None:
         anchor = session["commit"]["anchor"]
         testbed.page(ue2, TASK)
         before = testbed.request("GET", "/sessions")
-        testbed.kill_controller()
-        assert reached(testbed, ue1) == anchor  # the kernel goes on without it
-        testbed.start_controller()
+        with traffic(testbed, ue1, anchor) as counts:
+            testbed.kill_controller()
+            assert reached(testbed, ue1) == anchor  # the kernel goes on without it
+            testbed.start_controller()
+        assert counts["sent"] > 500
+        assert counts["received"] == counts["sent"]  # nor does its coming back disturb a packet
         assert testbed.request("GET", "/sessions") == before
         target = "edge2" if anchor == "edge1" else "edge1"
         path = f"/sessions/{session['sessionId']}/relocate"

@@ -58,7 +58,7 @@ class Client:
         return self.request("POST", path, **options)
 
 
-def token(key: Ed25519PrivateKey = KEY, *, lives_s: int = 60, **changes: Any) -> str:
+def token(key: Ed25519PrivateKey = KEY, *, lives_s: int = 3600, **changes: Any) -> str:
     now_ns = time.time_ns()
     options: dict[str, Any] = {
         "ue": "ue1",
