@@ -76,6 +76,7 @@ class Api:
                 Route("/sessions/{session_id}/extend", self._guard(self.extend), methods=["POST"]),
                 Route("/status", self._guard(self.status), methods=["GET"]),
             ],
+            exception_handlers={404: _no_such_resource, 405: _method_not_allowed},
             lifespan=self._lifespan,
         )
 
@@ -282,6 +283,14 @@ class Api:
             "aisi": session.aisi,
             "commits": [self._commit(lease) for lease in leases],
         }
+
+
+async def _no_such_resource(request: Request, _: Exception) -> Response:
+    return problem("NO_SUCH_RESOURCE", f"there is nothing at {request.url.path}")
+
+
+async def _method_not_allowed(request: Request, _: Exception) -> Response:
+    return problem("METHOD_NOT_ALLOWED", f"{request.url.path} does not take {request.method}")
 
 
 async def _body(request: Request, model: type[Body]) -> Body:

@@ -84,7 +84,7 @@ class Settings:
     """Time limits of the controller."""
 
     prepare_ms: int = 2_000
-    drain_ms: int = 100
+    drain_ms: int = 10_000
     # An experimental arm: shows what breaking before making costs. Never set it for users.
     allow_break_before_make: bool = False
 
@@ -113,17 +113,25 @@ class Controller:
         self._settings = settings
         self._by_ue = {subscriber.ue: subscriber for subscriber in subscribers}
         self._relocating: set[str] = set()
+        self._kernel_disagrees = False
 
     def recover(self) -> Reconciliation:
         """After a restart: roll back what was only prepared, end what is overdue, reconcile."""
         now = self._clock.now_ns()
-        outcomes = [
-            lease.step(held, lease.Abort() if held.state is State.PREPARED else lease.Tick(), now)
-            for held in self.ledger.live()
-        ]
+        steering: dict[str, Lease] = {}  # by session
+        outcomes = []
+        for held in self.ledger.live():
+            command: lease.Command = lease.Tick()
+            if held.state is State.PREPARED:
+                command = lease.Abort()
+            elif (
+                held.state is State.COMMITTED
+                and steering.setdefault(held.terms.session_id, held) is not held
+            ):  # the crash cut its flip off from the older lease's drain: it was never enforced
+                command = lease.Fail()
+            outcomes.append(lease.step(held, command, now))
         self.ledger.record(event for outcome in outcomes for event in outcome.events)
-        committed = [held for held in self.ledger.live() if held.state is State.COMMITTED]
-        return self.enforcer.reconcile([held.binding() for held in committed])
+        return self._reconcile()
 
     # Transactions
 
@@ -143,6 +151,9 @@ class Controller:
             aisi = candidate.service.aisi
             if self.ledger.session_of(ue, aisi):
                 raise Refusal("SESSION_EXISTS", f"{ue} already has a session with {aisi}")
+            if self.ledger.slots_used().get(candidate.anchor.name, 0) >= candidate.anchor.slots:
+                excluded.append(_taken_meanwhile(candidate))
+                continue
             prepared = self._prepare(subscriber, candidate, intent, secrets.token_hex(8))
             prepared_ns = self._clock.now_ns()
             if not await self._gateway.ready(candidate.anchor.name, candidate.service.aisi):
@@ -207,6 +218,8 @@ class Controller:
 
     def tick(self) -> int | None:
         """End what is overdue; return the next deadline (monotonic ns), None if nothing is live."""
+        if self._kernel_disagrees:
+            self._reconcile()
         now = self._clock.now_ns()
         overdue = [held for held in self.ledger.live() if held.deadline_ns <= now]
         self._end(*overdue, command=lease.Tick())
@@ -306,17 +319,30 @@ class Controller:
                 operations.append(Revoke(held.binding()))
             if Effect.END_DRAIN in outcome.effects:
                 operations.append(EndDrain(held.binding()))
-        self.enforcer.apply(operations)
+        self._apply(operations)
 
     def _enforce(self, operations: Sequence[Operation], session_id: str) -> None:
         """Change the user plane. If it refuses, the session ends: nobody holds a lease in vain."""
         try:
-            self.enforcer.apply(operations)
+            self._apply(operations)
         except EnforcementError as error:
             leases = [h for h in self.ledger.live() if h.terms.session_id == session_id]
             with suppress(EnforcementError):  # then the kernel's own timeouts close it
                 self._end(*leases, command=lease.Fail())
             raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
+
+    def _apply(self, operations: Sequence[Operation]) -> None:
+        try:
+            self.enforcer.apply(operations)
+        except EnforcementError:
+            self._kernel_disagrees = True  # the next tick makes it agree with the ledger
+            raise
+
+    def _reconcile(self) -> Reconciliation:
+        committed = [held for held in self.ledger.live() if held.state is State.COMMITTED]
+        reconciliation = self.enforcer.reconcile([held.binding() for held in committed])
+        self._kernel_disagrees = False
+        return reconciliation
 
     def _committed(self, session_id: str) -> Lease:
         self.session(session_id)
@@ -365,6 +391,13 @@ class Controller:
             enforced_unix_ns=unix(enforced_ns),
         )
         return Grant(lease=held, token=token, resolution=resolution, timeline=timeline)
+
+
+def _taken_meanwhile(candidate: Candidate) -> Exclusion:
+    """While a better candidate was asked, others took the last slot."""
+    anchor: Anchor = candidate.anchor
+    detail = f"all {anchor.slots} slots are taken"
+    return Exclusion(candidate.service.aisi, anchor.name, "capacity", detail)
 
 
 def _not_ready(candidate: Candidate) -> Exclusion:

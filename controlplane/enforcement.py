@@ -60,7 +60,10 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """Close the user plane of a lease now. Closing what is already closed is no error."""
+    """Close the user plane of a lease's flows now, whichever lease of the session holds them.
+
+    Closing what is already closed is no error.
+    """
 
     binding: Binding
 

@@ -1,16 +1,19 @@
 """The evidence log (EVI), which is also the journal: append-only, hash-linked, durable.
 
-One entry a line: canonical JSON (RFC 8785) with its index, the time (RFC 3339), the event, and the
-leaf hash of the entry before it (RFC 9162, section 2.1.1). All state is rebuilt from it. A last
-line that a crash cut short was never acknowledged and is dropped; any other damage is refused and
-named.
+One entry a line: canonical JSON (RFC 8785) with its index, the time (RFC 3339), the event, the
+leaf hash of the entry before it (RFC 9162, section 2.1.1), and a digest: SHA-256 of the entry
+without this member, so that the last one is as safe from damage as those that others link to. All
+state is rebuilt from it. A last line that a crash cut short was never acknowledged and is dropped;
+any other damage is refused and named.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,7 @@ class Journal:
         self._path = path
         self._frontier = Frontier()
         self._previous = NO_ENTRY
+        self._broken = False
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -73,6 +77,8 @@ class Journal:
             good = 0
             for line in lines:
                 if not line.endswith(b"\n"):
+                    if _is_json(line[:-1]):  # more than an entry: its end is damaged, not cut off
+                        raise JournalError(f"{self._at_entry()}: is not ended by a new line")
                     os.ftruncate(self._file, good)
                     os.fdatasync(self._file)
                     return
@@ -85,15 +91,14 @@ class Journal:
         previous = self._previous
         lines = []
         for index, event in enumerate(events, start=self._frontier.size):
-            line = rfc8785.dumps(
-                {
-                    "index": index,
-                    "at": at,
-                    "previous": previous.hex(),
-                    "type": type(event).__name__,
-                    **self._encode(event),
-                }
-            )
+            entry = {
+                "index": index,
+                "at": at,
+                "previous": previous.hex(),
+                "type": type(event).__name__,
+                **self._encode(event),
+            }
+            line = rfc8785.dumps({**entry, "digest": _digest(entry)})
             previous = leaf_hash(line)
             lines.append(line)
         self._write(b"".join(line + b"\n" for line in lines))
@@ -106,13 +111,18 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         """Append all of `data` durably, or leave the file as it was."""
+        if self._broken:
+            raise JournalError(f"{self._path}: a write failed half-way; it takes no more")
         good = os.fstat(self._file).st_size
         try:
             if os.write(self._file, data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fdatasync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, good)
+            self._broken = True
+            with suppress(OSError):
+                os.ftruncate(self._file, good)
+                self._broken = False
             raise JournalError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def _link(self, line: bytes) -> None:
@@ -120,9 +130,11 @@ class Journal:
         self._frontier.append(self._previous)
 
     def _check(self, line: bytes) -> Event:
-        where = f"{self._path}: entry {self._frontier.size}"
+        where = self._at_entry()
         try:
             entry = json.loads(line)
+            if entry["digest"] != _digest({k: v for k, v in entry.items() if k != "digest"}):
+                raise JournalError(f"{where}: is not what its digest says")
             if entry["index"] != self._frontier.size:
                 raise JournalError(f"{where}: is numbered {entry['index']}")
             if entry["previous"] != self._previous.hex():
@@ -132,6 +144,9 @@ class Journal:
             raise JournalError(f"{where}: is damaged ({error})") from error
         self._link(line)
         return event
+
+    def _at_entry(self) -> str:
+        return f"{self._path}: entry {self._frontier.size}"
 
     def _encode(self, event: Event) -> dict[str, Any]:
         match event:
@@ -179,3 +194,15 @@ class Journal:
 
     def _until(self, entry: dict[str, Any]) -> int:
         return self._clock.from_unix_ns(parse_rfc3339(entry["until"]))
+
+
+def _digest(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(rfc8785.dumps(entry)).hexdigest()
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

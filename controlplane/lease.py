@@ -4,7 +4,7 @@
 lease, the events to journal and the effects to carry out, or raises. It does no I/O and reads no
 clock. `evolve` folds an event into a lease, so that a journal rebuilds every lease.
 
-                  commit            supersede            tick, drained
+                  commit            supersede            tick
     --> PREPARED --------> COMMITTED ---------> DRAINING --------------> ENDED
             |                 | tick, release, revoke, fail   | release, revoke, fail
             `-- abort, tick --+-------------------------------+--> ENDED (with its reason)
@@ -39,7 +39,7 @@ class EndReason(StrEnum):
     RELEASED = "RELEASED"  # by its UE
     REVOKED = "REVOKED"  # by the operator
     RELOCATED = "RELOCATED"  # superseded by a lease at another anchor, and drained
-    ANCHOR_FAILED = "ANCHOR_FAILED"
+    NOT_ENFORCED = "NOT_ENFORCED"  # the user plane could not be brought to it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +102,6 @@ class Supersede:
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
-    """Nothing is left on the old anchor."""
-
-
-@dataclass(frozen=True, slots=True)
 class Release:
     """The UE is done."""
 
@@ -118,7 +113,7 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The anchor has died."""
+    """The user plane could not be brought to what the lease says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +126,7 @@ class Tick:
     """Time has passed."""
 
 
-Command = Commit | Renew | Supersede | Drained | Release | Revoke | Fail | Abort | Tick
+Command = Commit | Renew | Supersede | Release | Revoke | Fail | Abort | Tick
 
 
 # Events: what is journalled
@@ -295,18 +290,17 @@ def _nothing(lease: Lease, command: Command, now_ns: int) -> Outcome:
 TRANSITIONS: dict[tuple[State, type[Command]], Transition] = {
     (State.PREPARED, Commit): _commit,
     (State.PREPARED, Abort): _end(EndReason.ABORTED),
-    (State.PREPARED, Fail): _end(EndReason.ANCHOR_FAILED),
+    (State.PREPARED, Fail): _end(EndReason.NOT_ENFORCED),
     (State.PREPARED, Tick): _at_deadline(_end(EndReason.PREPARE_TIMED_OUT)),
     (State.COMMITTED, Renew): _renew,
     (State.COMMITTED, Supersede): _supersede,
     (State.COMMITTED, Release): _end(EndReason.RELEASED, Effect.CLOSE),
     (State.COMMITTED, Revoke): _end(EndReason.REVOKED, Effect.CLOSE),
-    (State.COMMITTED, Fail): _end(EndReason.ANCHOR_FAILED, Effect.CLOSE),
+    (State.COMMITTED, Fail): _end(EndReason.NOT_ENFORCED, Effect.CLOSE),
     (State.COMMITTED, Tick): _at_deadline(_end(EndReason.EXPIRED, Effect.CLOSE)),
-    (State.DRAINING, Drained): _end(EndReason.RELOCATED, Effect.END_DRAIN),
     (State.DRAINING, Release): _end(EndReason.RELEASED, Effect.END_DRAIN),
     (State.DRAINING, Revoke): _end(EndReason.REVOKED, Effect.END_DRAIN),
-    (State.DRAINING, Fail): _end(EndReason.ANCHOR_FAILED, Effect.END_DRAIN),
+    (State.DRAINING, Fail): _end(EndReason.NOT_ENFORCED, Effect.END_DRAIN),
     (State.DRAINING, Tick): _at_deadline(_end(EndReason.RELOCATED, Effect.END_DRAIN)),
     (State.ENDED, Tick): _nothing,
 }

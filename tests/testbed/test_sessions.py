@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -166,6 +167,33 @@ def test_a_killed_controller_comes_back_with_every_lease() -> None:
         assert reached(testbed, ue1) == target
         entries = testbed.journal.read_text().splitlines()
         assert [json.loads(line)["index"] for line in entries] == list(range(len(entries)))
+
+    on_a_testbed(body)
+
+
+def test_a_token_stream_lives_through_a_relocation() -> None:
+    """It began at the old anchor and finishes there while that drains; what is new goes on."""
+
+    def body(testbed: Testbed) -> None:
+        ue1, _ = testbed.network.ues
+        command = [
+            *(sys.executable, "-m", "topologies.endpoints.ue", "--core", testbed.core_url),
+            *("--task", TASK, "--max-tokens", "150"),
+        ]
+        agent = ue1.popen(command, stdout=subprocess.PIPE)
+        until = time.monotonic() + 20
+        while not (sessions := testbed.request("GET", "/sessions")["sessions"]):
+            assert time.monotonic() < until
+        time.sleep(1)  # tokens come 20 ms apart: some fifty
+        commit = sessions[0]["commits"][-1]
+        target = "edge2" if commit["anchor"] == "edge1" else "edge1"
+        path = f"/sessions/{sessions[0]['sessionId']}/relocate"
+        testbed.request("POST", path, {"target": target})
+        stream = json.loads(agent.communicate(timeout=30)[0])["stream"]
+        assert stream["complete"]
+        assert (stream["lost"], stream["repeated"], stream["reordered"]) == (0, 0, 0)
+        assert {token["anchor"] for token in stream["tokens"]} == {commit["anchor"]}
+        assert reached(testbed, ue1) == target
 
     on_a_testbed(body)
 

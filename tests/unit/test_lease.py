@@ -26,7 +26,6 @@ COMMANDS = [
     lease.Commit(LATER),
     lease.Renew(LATER),
     lease.Supersede(DEADLINE - 100),
-    lease.Drained(),
     lease.Release(),
     lease.Revoke(),
     lease.Fail(),
@@ -40,7 +39,7 @@ EXPECTED = {
     State.PREPARED: {
         lease.Commit: State.COMMITTED,
         lease.Abort: EndReason.ABORTED,
-        lease.Fail: EndReason.ANCHOR_FAILED,
+        lease.Fail: EndReason.NOT_ENFORCED,
         lease.Tick: State.PREPARED,
     },
     State.COMMITTED: {
@@ -48,14 +47,13 @@ EXPECTED = {
         lease.Supersede: State.DRAINING,
         lease.Release: EndReason.RELEASED,
         lease.Revoke: EndReason.REVOKED,
-        lease.Fail: EndReason.ANCHOR_FAILED,
+        lease.Fail: EndReason.NOT_ENFORCED,
         lease.Tick: State.COMMITTED,
     },
     State.DRAINING: {
-        lease.Drained: EndReason.RELOCATED,
         lease.Release: EndReason.RELEASED,
         lease.Revoke: EndReason.REVOKED,
-        lease.Fail: EndReason.ANCHOR_FAILED,
+        lease.Fail: EndReason.NOT_ENFORCED,
         lease.Tick: State.DRAINING,
     },
     State.ENDED: {lease.Tick: State.ENDED},

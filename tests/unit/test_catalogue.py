@@ -1,0 +1,117 @@
+"""A catalogue is consistent when it is used, and a mistake in it is named with its line."""
+
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from controlplane.catalogue import Catalogue, load_catalogue
+from controlplane.configfile import ConfigError, parse_yaml
+from controlplane.enforcement import Flow
+from controlplane.intent import Intent
+from controlplane.resolver import resolve
+
+BUILT_IN = Path(__file__).parents[2] / "topologies" / "catalogue.yaml"
+GOOD = """\
+qos_profiles:
+  - name: QOS_E
+    guaranteed_share: 0.5
+  - name: QOS_S
+    guaranteed_share: 0.5
+services:
+  - aisi: chat
+    task: text-generation
+    model: m
+    address4: 198.18.0.1
+    address6: fd00:a151::1
+  - aisi: ears
+    task: automatic-speech-recognition
+    model: m
+    address4: 198.19.255.254
+    address6: fd00:a151::2
+anchors:
+  - name: edge1
+    region: north
+    trust_tier: 3
+    slots: 64
+    cost: 2.0
+    hosts:
+      - aisi: chat
+        service_time_ms: 20
+  - name: edge2
+    region: north
+    trust_tier: 3
+    slots: 64
+    cost: 2.0
+    hosts:
+      - aisi: ears
+        service_time_ms: 20
+"""
+
+
+def test_built_in_catalogue_serves_the_default_intent() -> None:
+    catalogue = load_catalogue(BUILT_IN)
+    resolution = resolve(catalogue, Intent(task="text-generation"), {})
+    assert [c.anchor.name for c in resolution.candidates] == ["edge1", "edge2", "cloud"]
+    assert Intent(task="text-generation").qos_profile in catalogue.qos_shares()
+
+
+def test_what_a_catalogue_tells() -> None:
+    catalogue = parse_yaml(GOOD, Catalogue, "c.yaml")
+    assert catalogue.qos_shares() == {"QOS_E": 0.5, "QOS_S": 0.5}
+    chat, edge1 = catalogue.service("chat"), catalogue.anchor("edge1")
+    hosting = edge1.hosting("chat")
+    assert hosting is not None
+    assert (chat.port, edge1.path_rtt_ms, hosting.service_time_ms) == (8000, 0, 20)
+    assert edge1.hosting("ears") is None
+    ue4, ue6 = ip_address("10.45.0.1"), ip_address("fd00:45::1")
+    assert chat.flows(ue4, ue6) == (Flow(ue4, chat.address4), Flow(ue6, chat.address6))
+    for missing in (catalogue.service, catalogue.anchor):
+        with pytest.raises(KeyError, match="absent"):
+            missing("absent")
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "line", "words"),
+    [
+        ("address4: 198.18.0.1", "address4: 192.0.2.1", 7, "192.0.2.1 is not in 198.18.0.0/15"),
+        ("fd00:a151::1", "fd00:45::1", 7, "address6 fd00:45::1 is not in fd00:a151::/64"),
+        ("address4: 198.18.0.1", "address4: 198.18.0.256", 10, "services.0.address4"),
+        ("task: text-generation", "task: Text Generation", 8, "services.0.task"),
+        ("    model: m\n    address4: 198.18", "    address4: 198.18", 7, "model is missing"),
+        ("slots: 64", "slots: 0", 21, "anchors.0.slots"),
+        ("slots: 64", "slots: many", 21, "anchors.0.slots"),
+        ("cost: 2.0", "cost: -1", 22, "anchors.0.cost"),
+        ("trust_tier: 3", "trust_tier: 11", 20, "anchors.0.trust_tier"),
+        ("service_time_ms: 20", "service_time_ms: 0", 25, "anchors.0.hosts.0.service_time_ms"),
+        ("region: north", "region: far north", 19, "anchors.0.region"),
+        ("region: north", "region: north\n    color: red", 20, "unknown key anchors.0.color"),
+        ("guaranteed_share: 0.5", "guaranteed_share: 1.5", 3, "guaranteed_share"),
+        ("guaranteed_share: 0.5", "guaranteed_share: 0.51", 1, "add up to more than 1"),
+        ("name: QOS_S", "name: QOS_E", 1, "QoS profile QOS_E is given twice"),
+        ("aisi: ears\n    task", "aisi: chat\n    task", 1, "AISI chat is given twice"),
+        ("name: edge2", "name: edge1", 1, "anchor edge1 is given twice"),
+        ("198.19.255.254", "198.18.0.1", 1, "service address 198.18.0.1 is given twice"),
+        ("fd00:a151::2", "fd00:a151:0::1", 1, "service address fd00:a151::1 is given twice"),
+        ("      - aisi: ears", "      - aisi: eyes", 1, "anchor edge2 hosts eyes"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line(was: str, becomes: str, line: int, words: str) -> None:
+    text = GOOD.replace(was, becomes, 1)
+    assert text != GOOD
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, Catalogue, "c.yaml")
+    (complaint,) = str(caught.value).splitlines()
+    assert complaint.startswith(f"c.yaml:{line}: ")
+    assert words in complaint
+
+
+def test_a_catalogue_that_offers_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml("qos_profiles: []\nservices: []\nanchors: []\n", Catalogue, "c.yaml")
+    named = [line.split(": ")[:2] for line in str(caught.value).splitlines()]
+    assert named == [
+        ["c.yaml:1", "qos_profiles"],
+        ["c.yaml:2", "services"],
+        ["c.yaml:3", "anchors"],
+    ]
