@@ -8,6 +8,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from pyroute2.netlink import (
     NLM_F_ACK,
@@ -93,37 +94,81 @@ def _head(set_name: str) -> bytes:
     )
 
 
-def _key(key: bytes) -> bytes:
-    return _attribute(_ELEM_KEY, _attribute(_DATA_VALUE, key))
-
-
 def encode_elements(changes: Sequence[ElementChange]) -> bytes:
     """Encode elements as the attributes of a list, numbered from 1 as pyroute2 does."""
-    return b"".join(
-        _attribute(number, _element(change)) for number, change in enumerate(changes, start=1)
+    parts: list[bytes] = []
+    for number, change in enumerate(changes, start=1):
+        if isinstance(change, Add):
+            body = _added(change)
+        else:
+            layout = _Layout.of(len(change.key), 0, None)
+            body = layout.before_key + change.key + layout.before_data
+        parts += (_NLA.pack(4 + len(body), number), body)
+    return b"".join(parts)
+
+
+def _added(change: Add) -> bytes:
+    layout = _Layout.of(len(change.key), len(change.data), len(change.comment))
+    body = b"".join(
+        (
+            layout.before_key,
+            change.key,
+            layout.before_data,
+            change.data,
+            layout.before_timeout,
+            _TIMEOUT.pack(change.timeout_ms),
+            layout.before_comment,
+            change.comment,
+            layout.after_comment,
+        )
     )
+    return body if change.counters is None else body + _counter(change.counters)
 
 
-def _element(change: ElementChange) -> bytes:
-    body = _key(change.key)
-    if isinstance(change, Add):
-        if change.data:
-            body += _attribute(_ELEM_DATA, _attribute(_DATA_VALUE, change.data))
-        body += _attribute(_ELEM_TIMEOUT, _TIMEOUT.pack(change.timeout_ms))
-        if change.comment:
-            text = change.comment + b"\0"
-            body += _attribute(_ELEM_USERDATA, bytes((_UDATA_COMMENT, len(text))) + text)
-        if change.counters is not None:
-            body += _attribute(
-                _ELEM_EXPR,
-                _attribute(_EXPR_NAME, b"counter\0")
-                + _attribute(
-                    _EXPR_DATA,
-                    _attribute(_COUNTER_BYTES, _TIMEOUT.pack(change.counters.bytes))
-                    + _attribute(_COUNTER_PACKETS, _TIMEOUT.pack(change.counters.packets)),
-                ),
-            )
-    return body
+class _Layout(NamedTuple):
+    """The constant bytes between the parts of an element, which depend on their lengths alone."""
+
+    before_key: bytes
+    before_data: bytes
+    before_timeout: bytes
+    before_comment: bytes
+    after_comment: bytes
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def of(key: int, data: int, comment: int | None) -> "_Layout":
+        """Lengths in bytes; `comment`: None for an element that is deleted, by its key alone."""
+        before_key = _nested(_ELEM_KEY, key)
+        after_key = _padding(key)
+        if comment is None:
+            return _Layout(before_key, after_key, b"", b"", b"")
+        before_data = after_key + (_nested(_ELEM_DATA, data) if data else b"")
+        before_timeout = _padding(data) + _NLA.pack(12, _ELEM_TIMEOUT)
+        if not comment:
+            return _Layout(before_key, before_data, before_timeout, b"", b"")
+        text = comment + 1  # and a NUL
+        before_comment = _NLA.pack(6 + text, _ELEM_USERDATA) + bytes((_UDATA_COMMENT, text))
+        after_comment = b"\0" + _padding(2 + text)
+        return _Layout(before_key, before_data, before_timeout, before_comment, after_comment)
+
+
+def _nested(kind: int, value_bytes: int) -> bytes:
+    """The head of an attribute that holds one data value."""
+    whole = 8 + value_bytes + len(_padding(value_bytes))
+    return _NLA.pack(whole, kind) + _NLA.pack(4 + value_bytes, _DATA_VALUE)
+
+
+def _padding(length: int) -> bytes:
+    return b"\0" * (-length & 3)
+
+
+def _counter(counters: Counters) -> bytes:
+    values = _attribute(_COUNTER_BYTES, _TIMEOUT.pack(counters.bytes)) + _attribute(
+        _COUNTER_PACKETS, _TIMEOUT.pack(counters.packets)
+    )
+    return _attribute(
+        _ELEM_EXPR, _attribute(_EXPR_NAME, b"counter\0") + _attribute(_EXPR_DATA, values)
+    )
 
 
 def encode_message(
