@@ -40,7 +40,9 @@ def up(file: str, catalogue: Path, evidence: Path | None, as_json: bool) -> None
 
     \b
     Then, for example:
-      aipaging shell ue1 aipaging page --task text-generation
+      aipaging shell ue1 aipaging page --task text-generation --max-tokens 500
+      aipaging sessions         (in another terminal)
+      aipaging relocate ue1     (the stream goes on; new connections go to the other anchor)
       aipaging shell upf nft list table inet aipaging
       aipaging down
     """

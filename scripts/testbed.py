@@ -19,6 +19,7 @@ from controlplane.configfile import ConfigError
 from controlplane.controller import Settings, Subscriber
 from scripts.controller import ControllerConfig, write_config
 from scripts.errors import UserError
+from scripts.evidence_files import CHECKPOINT_FILE, write
 from topologies.hosts import Anchor, Host, Ue
 from topologies.network import Network
 from topologies.spec import TopologySpec
@@ -27,6 +28,7 @@ from upf.config import AnchorPort, Attachment, GateConfig
 from upf.features import Features
 
 CONTROL_PORT = 8080
+OPERATOR_SOCKET = "controller.sock"
 # The probes' load shares the machine's few cores with the control plane, as it would not outside
 # an emulation. Controller and anchors go before it.
 NICE = -15
@@ -95,7 +97,7 @@ class Testbed:
     @property
     def operator_socket(self) -> Path:
         """The operator's way to the controller."""
-        return self._folder / "controller.sock"
+        return self._folder / OPERATOR_SOCKET
 
     @property
     def core_url(self) -> str:
@@ -121,6 +123,10 @@ class Testbed:
 
         Raises UserError with the problem's detail if it refuses.
         """
+        answer = self._ask(method, path, body)
+        return answer.json() if answer.content else None
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         try:
             answer = self.operator.request(method, path, json=body)
         except httpx.HTTPError as error:
@@ -129,7 +135,12 @@ class Testbed:
         if answer.is_error:
             detail = answer.json().get("detail", answer.text)
             raise UserError(f"{method} {path}: {answer.status_code}: {detail}")
-        return answer.json() if answer.content else None
+        return answer
+
+    def seal(self) -> None:
+        """Leave a checkpoint of the evidence log as it is now beside it."""
+        answer = self._ask("GET", "/evidence/checkpoint")
+        write(self.journal.with_name(CHECKPOINT_FILE), answer.text)
 
     # User equipment
 
@@ -195,6 +206,7 @@ class Testbed:
         folder = self._folder
         key = aist.generate_key(folder / "aist.key")
         aist.write_public_key(key, folder / "aist.pub")
+        aist.generate_key(folder / "evidence.key")
         (folder / "catalogue.json").write_text(self.catalogue.model_dump_json())
         services = {
             service.aisi: {"task": service.task, "model": service.model}
@@ -212,6 +224,7 @@ class Testbed:
             subscribers=tuple(Subscriber(ue.name, ue.address4, ue.address6) for ue in network.ues),
             journal=self.journal,
             key=folder / "aist.key",
+            evidence_key=folder / "evidence.key",
             operator_socket=self.operator_socket,
             addresses=(network.core.address4, network.core.address6),
             port=CONTROL_PORT,

@@ -45,7 +45,7 @@ from upf.config import MARK_BASE, MARK_MASK, GateConfig
 from upf.expressions import Expression
 
 TABLE = "aipaging"
-VERSION = 2
+VERSION = 3
 DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
 
 PREROUTING, FORWARD = 0, 2
@@ -339,23 +339,22 @@ class Schema:
     def _tcp_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
         """A connection belongs to the anchor on which it began: conntrack's mark says which."""
         uplink, downlink = family.name("uplink_tcp"), family.name("downlink_tcp")
-        # The SYN of an unknown connection pins it to the anchor of the lease.
+        # Where it began is draining: it goes on there, and does not count for the new lease.
+        draining = [*_key(family, "saddr", "daddr", "ct mark"), nft.in_set(family.name("drain"))]
+        to_pinned = [nft.ct_load_mark(), nft.meta_set(nft.META_MARK)]
+        yield uplink, [*draining, *to_pinned, nft.verdict(nft.ACCEPT)]
+        # Else it must live where the lease steers; the SYN of an unknown one makes it live there.
+        yield uplink, [nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
+        yield uplink, [*_steer(family), nft.meta_set(nft.META_MARK)]
         syn = [
             nft.payload(nft.TRANSPORT_HEADER, TCP_FLAGS_OFFSET, 1, nft.REG_1),
             nft.mask(bytes([TCP_SYN | TCP_ACK])),
             nft.compare(bytes([TCP_SYN])),
         ]
         unpinned = [nft.ct_load_mark(), nft.compare(nft.u32(0))]
-        yield uplink, [*syn, *unpinned, *_steer(family), nft.ct_set_mark()]
-        # Later packets pass if the lease steers where the connection lives ...
-        yield uplink, [nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
-        yield uplink, [*_steer(family), nft.meta_set(nft.META_MARK)]
+        yield uplink, [*syn, *unpinned, nft.meta_load(nft.META_MARK), nft.ct_set_mark()]
         same = [*_key(family, "mark", "ct mark"), nft.in_set("same")]
         yield uplink, [*same, nft.verdict(nft.ACCEPT)]
-        # ... or if the place where it lives is draining.
-        draining = [*_key(family, "saddr", "daddr", "ct mark"), nft.in_set(family.name("drain"))]
-        to_pinned = [nft.ct_load_mark(), nft.meta_set(nft.META_MARK)]
-        yield uplink, [*draining, *to_pinned, nft.verdict(nft.ACCEPT)]
         yield uplink, [nft.goto("no_lease_uplink")]
 
         not_home = [*_key(family, "iifname", "ct mark"), nft.in_set("home", absent=True)]

@@ -292,7 +292,8 @@ def test_connections_begun_on_the_source_finish_there(net: Plane, version: int) 
     first = dial(net, version)
     assert ask(first) == b"a"
     net.gate.apply([Move(new, old, time.monotonic_ns() + 800 * MS)])
-    assert ask(first) == b"a"  # pinned
+    assert ask(first) == b"a"  # pinned, and no use of the new lease
+    assert {entry.usage.uplink_packets for entry in net.gate.enforced()} == {0}
     second = dial(net, version)
     assert ask(second) == b"b"
     time.sleep(0.8)
