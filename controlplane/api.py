@@ -7,7 +7,7 @@ for any UE (`?ue=`). Sessions answer to their UE and to the operator only.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from ipaddress import ip_address
 from typing import Annotated, Any, TypeVar
@@ -19,10 +19,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from controlplane.checkpoint import Signer
 from controlplane.clock import NS_PER_S, rfc3339
 from controlplane.controller import Controller, Grant, Refusal
 from controlplane.enforcement import EnforcementError
 from controlplane.evidence import JournalError
+from controlplane.evidence_api import EvidenceApi, Handler
 from controlplane.intent import MAX_DURATION_MS, MIN_DURATION_MS, Intent, Name
 from controlplane.lease import Lease
 from controlplane.ledger import Session
@@ -34,7 +36,6 @@ MAX_WAIT_S = 60.0
 
 log = logging.getLogger(__name__)
 Body = TypeVar("Body", bound=BaseModel)
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class _Request(BaseModel):
@@ -57,8 +58,10 @@ class ExtensionRequest(_Request):
 class Api:
     """Handlers over one controller, and the task that ends what is overdue."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(self, controller: Controller, signer: Signer) -> None:
+        """`signer` vouches for the evidence log."""
         self._controller = controller
+        self._evidence = EvidenceApi(controller.ledger.journal, signer)
         self._changed = asyncio.Event()
         self._ue_by_address = controller.ue_by_address()
 
@@ -74,7 +77,8 @@ class Api:
                     "/sessions/{session_id}/relocate", self._guard(self.relocate), methods=["POST"]
                 ),
                 Route("/sessions/{session_id}/extend", self._guard(self.extend), methods=["POST"]),
-                Route("/status", self._guard(self.status), methods=["GET"]),
+                Route("/status", self._for_operator(self.status), methods=["GET"]),
+                *self._evidence.routes(self._for_operator),
             ],
             exception_handlers={404: _no_such_resource, 405: _method_not_allowed},
             lifespan=self._lifespan,
@@ -128,8 +132,6 @@ class Api:
 
     async def status(self, request: Request) -> Response:
         """Return what the kernel enforces and drops, and how far the evidence goes."""
-        if self._caller(request) is not None:
-            raise Refusal("NOT_ALLOWED", "the status is for the operator")
         size, root = self._controller.ledger.evidence()
         enforced = [
             {
@@ -157,6 +159,14 @@ class Api:
 
     # Around them
 
+    def _for_operator(self, handler: Handler) -> Handler:
+        async def checked(request: Request) -> Response:
+            if self._caller(request) is not None:
+                raise Refusal("NOT_ALLOWED", f"{request.url.path} is for the operator")
+            return await handler(request)
+
+        return self._guard(checked)
+
     def _guard(self, handler: Handler) -> Handler:
         async def guarded(request: Request) -> Response:
             try:
@@ -175,7 +185,7 @@ class Api:
                 return problem(refusal.cause, str(refusal), **extra)
             except JournalError as error:
                 log.error("%s", error)
-                return problem("JOURNAL_FAILED", "the evidence log cannot be written")
+                return problem("JOURNAL_FAILED", "the evidence log cannot be used")
             except EnforcementError as error:
                 log.error("%s", error)
                 return problem("ENFORCEMENT_FAILED", str(error))

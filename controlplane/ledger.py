@@ -91,6 +91,11 @@ class Ledger:
         """Return reserved or occupied slots, by anchor."""
         return dict(self._slots_used)
 
+    @property
+    def journal(self) -> Journal:
+        """The evidence log; for reading."""
+        return self._journal
+
     def evidence(self) -> tuple[int, bytes]:
         """Return the number of journal entries and their Merkle root."""
         return self._journal.size, self._journal.root()

@@ -27,6 +27,10 @@ COMMANDS = {
         "scripts.experiments.commands:report",
         "Make summary and report again from a run's raw records.",
     ),
+    "evidence": (
+        "scripts.evidence:group",
+        "Verify a run's evidence log offline, or read it.",
+    ),
     "up": (
         "scripts.background:up",
         "Start a network in the background, for hands-on use.",
@@ -38,6 +42,14 @@ COMMANDS = {
     "page": (
         "scripts.background:page",
         "Be a UE: ask by intent, then read tokens from the anchor.",
+    ),
+    "sessions": (
+        "scripts.operator:sessions",
+        "Show that network's live sessions.",
+    ),
+    "relocate": (
+        "scripts.operator:relocate",
+        "Move a session to another anchor, make-before-break.",
     ),
     "down": (
         "scripts.background:down",

@@ -22,11 +22,13 @@ from pydantic import TypeAdapter
 from controlplane import aist
 from controlplane.api import Api
 from controlplane.catalogue import Catalogue, load_catalogue
+from controlplane.checkpoint import Signer
 from controlplane.clock import Clock
 from controlplane.configfile import ConfigModel, load_yaml
 from controlplane.controller import Controller, Settings, Subscriber
 from controlplane.evidence import Journal
 from controlplane.ledger import Ledger
+from scripts.evidence_files import check_continues, publish
 from upf import qos, routing
 from upf.config import GateConfig
 from upf.gate import Gate
@@ -47,7 +49,8 @@ class ControllerConfig(ConfigModel):
     anchor_addresses: dict[str, IPv4Address]  # on which anchors say they are ready
     subscribers: tuple[Subscriber, ...]
     journal: Path
-    key: Path
+    key: Path  # of AISTs
+    evidence_key: Path  # of checkpoints of the journal; belongs to it for as long as it grows
     operator_socket: Path
     addresses: tuple[IPv4Address | IPv6Address, ...]  # for UEs
     port: int
@@ -74,13 +77,22 @@ class HttpAnchors:
 
 
 class _Server(uvicorn.Server):
-    """Says on stdout when it serves."""
+    """Says on stdout when it serves; leaves a checkpoint beside the journal when it ends."""
+
+    def __init__(self, config: uvicorn.Config, journal: Journal, signer: Signer) -> None:
+        super().__init__(config)
+        self._journal = journal
+        self._signer = signer
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         gc.collect()
         gc.freeze()  # what is here now stays: keep it out of every later collection
         print(json.dumps({"event": "ready"}), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        publish(self._journal, self._signer)
 
 
 def build(config: ControllerConfig) -> Controller:
@@ -126,10 +138,14 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = load_yaml(Path(sys.argv[1]), ControllerConfig)
     controller = build(config)
+    journal = controller.ledger.journal
+    signer = Signer.of_log(aist.load_private_key(config.evidence_key))
+    check_continues(journal, signer)
+    publish(journal, signer)
     sockets = _sockets(config)
-    app = Api(controller).app()
+    app = Api(controller, signer).app()
     server = uvicorn.Config(app, http="httptools", log_level="warning", access_log=False)
-    asyncio.run(_Server(server).serve(sockets=sockets))
+    asyncio.run(_Server(server, journal, signer).serve(sockets=sockets))
 
 
 def write_config(path: Path, config: ControllerConfig) -> None:

@@ -100,6 +100,7 @@ def run(
                     stack.enter_context(testbed)
                 body(testbed)
                 write_json(folder / STATUS_FILE, testbed.request("GET", "/status"))
+                testbed.seal()
         except (UserError, TopologyError, ProbeError) as error:
             console.print(f"error: {error}", style="red", markup=False, highlight=False)
             return EXIT_FAILED

@@ -11,18 +11,22 @@ from unittest.mock import patch
 
 import httpx
 import pytest
-from fakes import PREPARE_MS, World
+from fakes import KEY, PREPARE_MS, World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from controlplane.api import MAX_BODY_BYTES, Api
+from controlplane.checkpoint import Signer, verify
 from controlplane.clock import parse_rfc3339
 from controlplane.enforcement import EnforcementError
 from controlplane.evidence import JournalError
+from controlplane.evidence_api import MAX_ENTRIES
+from controlplane.merkle import leaf_hash, verify_consistency, verify_inclusion
 from controlplane.problem import STATUS_OF_CAUSE
 
 UE1, UE1_6, UE2, STRANGER = "10.45.0.1", "fd00:45::1", "10.45.0.2", "192.0.2.1"
 OPERATOR = None  # comes through a Unix socket: no address
+SIGNER = Signer.of_log(KEY)
 INTENT = {"task": "text-generation"}
 GRANT_MEMBERS = {
     *("sessionId", "aisi", "model", "serviceAddress", "servicePort", "aist", "commit"),
@@ -36,7 +40,7 @@ class Client:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.app = Api(world.controller).app()
+        self.app = Api(world.controller, SIGNER).app()
 
     def call(
         self,
@@ -200,7 +204,7 @@ def test_status_says_what_is_enforced_and_how_far_the_evidence_goes(client: Clie
 def test_leases_end_on_time_while_it_serves(tmp_path: Path) -> None:
     """The deadline keeper sleeps until the next deadline, or until a request changed something."""
     world = World(tmp_path)
-    app = Api(world.controller).app()
+    app = Api(world.controller, SIGNER).app()
 
     async def call() -> None:
         transport = httpx.ASGITransport(app, client=(UE1, 40_000))
@@ -255,6 +259,44 @@ def test_sessions_of_others_are_not_for_a_ue(client: Client) -> None:
     assert client.call("DELETE", path, at=OPERATOR).status_code == 204
 
 
+# Evidence
+
+
+def test_the_evidence_proves_itself(client: Client) -> None:
+    """As a third party would check it: from what the API says, and the public key."""
+    client.page()
+    early = verify(SIGNER.verifier, evidence(client, "checkpoint").text)
+    client.page(UE2)
+    late = verify(SIGNER.verifier, evidence(client, "checkpoint").text)
+    assert (early.size, late.size) == (2, 4)
+
+    answer = evidence(client, "entries?start=1&end=3")
+    assert answer.headers["content-type"] == "application/jsonl"
+    lines = answer.content.splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [1, 2]
+    for index, line in zip((1, 2), lines, strict=True):
+        proof = evidence(client, f"proof/inclusion?index={index}&size=4").json()
+        path = [bytes.fromhex(node) for node in proof["path"]]
+        verify_inclusion(leaf_hash(line), index, late.size, path, late.root)
+        assert proof["leafHash"] == leaf_hash(line).hex()
+        assert proof["root"] == late.root.hex()
+
+    proof = evidence(client, "proof/consistency?from=2&to=4").json()
+    path = [bytes.fromhex(node) for node in proof["path"]]
+    verify_consistency(early.size, late.size, path, early.root, late.root)
+    assert (proof["fromRoot"], proof["toRoot"]) == (early.root.hex(), late.root.hex())
+
+    whole = client.world.path.read_bytes()
+    assert evidence(client, "export").content == evidence(client, "entries").content == whole
+
+
+def test_of_no_entries_there_is_a_checkpoint_too(client: Client) -> None:
+    assert verify(SIGNER.verifier, evidence(client, "checkpoint").text).size == 0
+    for empty in ("entries", "entries?start=0&end=0", "export"):
+        answer = evidence(client, empty)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
 # Refusals
 
 
@@ -289,6 +331,18 @@ def full_disk(client: Client) -> httpx.Response:
     client.world.journal.append = fail
     answer = client.call("POST", "/sessions", INTENT)
     assert "secret" not in answer.text
+    return answer
+
+
+def evidence(client: Client, what: str) -> httpx.Response:
+    return client.call("GET", f"/evidence/{what}", at=OPERATOR)
+
+
+def journal_cut(client: Client) -> httpx.Response:
+    client.page()
+    client.world.path.write_bytes(b"")
+    answer = evidence(client, "entries")
+    assert str(client.world.path) not in answer.text
     return answer
 
 
@@ -329,6 +383,14 @@ REFUSALS: dict[str, tuple[int, list[Callable[[Client], httpx.Response]]]] = {
             lambda c: c.call("POST", "/sessions", {}),
             lambda c: c.call("POST", "/sessions", INTENT, at=OPERATOR),  # for which UE?
             on_a_session("extend", None),
+            lambda c: evidence(c, "proof/inclusion"),
+            lambda c: evidence(c, "proof/inclusion?index=x"),
+            lambda c: evidence(c, "proof/inclusion?index=0&index=1"),
+            lambda c: evidence(c, "proof/consistency?from=0&to=1"),
+            lambda c: evidence(c, f"entries?end={MAX_ENTRIES + 1}"),
+            lambda c: evidence(c, "entries?start=2&end=1"),
+            lambda c: evidence(c, f"entries?start={'9' * 5_000}"),
+            lambda c: evidence(c, "checkpoint?size=1"),
         ],
     ),
     "TOO_LARGE": (
@@ -350,10 +412,19 @@ REFUSALS: dict[str, tuple[int, list[Callable[[Client], httpx.Response]]]] = {
         403,
         [
             lambda c: c.call("GET", "/status"),
+            lambda c: c.call("GET", "/evidence/export"),
             on_a_session("relocate", {"breakBeforeMake": True}),
         ],
     ),
     "NO_SUCH_RESOURCE": (404, [lambda c: c.call("GET", "/nowhere")]),
+    "NO_SUCH_ENTRY": (
+        404,
+        [
+            lambda c: evidence(c, "entries?start=1&end=1"),
+            lambda c: evidence(c, "proof/inclusion?index=0"),
+            lambda c: evidence(c, "proof/consistency?from=1&to=9"),
+        ],
+    ),
     "METHOD_NOT_ALLOWED": (405, [lambda c: c.call("PUT", "/sessions", {})]),
     "SESSION_UNKNOWN": (404, [lambda c: c.call("GET", "/sessions/none")]),
     "TASK_UNKNOWN": (404, [lambda c: c.call("POST", "/sessions", {"task": "image-to-text"})]),
@@ -385,7 +456,7 @@ REFUSALS: dict[str, tuple[int, list[Callable[[Client], httpx.Response]]]] = {
     "ANCHOR_NOT_READY": (503, [unready]),
     "PREPARE_TIMED_OUT": (503, [no_answer]),
     "ENFORCEMENT_FAILED": (503, [deaf_kernel, kernel_unreadable]),
-    "JOURNAL_FAILED": (503, [full_disk]),
+    "JOURNAL_FAILED": (503, [full_disk, journal_cut]),
 }
 
 

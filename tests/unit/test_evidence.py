@@ -31,7 +31,7 @@ from controlplane.lease import (
     Renewed,
     Terms,
 )
-from controlplane.merkle import Frontier, leaf_hash
+from controlplane.merkle import Tree, leaf_hash
 
 FLOWS = (
     Flow(IPv4Address("10.45.0.1"), IPv4Address("198.18.0.1")),
@@ -149,7 +149,7 @@ def test_goes_on_where_it_stopped(path: Path) -> None:
     root, size = journal.root(), journal.size
     journal.close()
     assert replay(path) == [*EVENTS, Prepared(terms("next", 2), 90)]
-    tree = Frontier()
+    tree = Tree()
     for line in path.read_bytes().splitlines():
         tree.append(leaf_hash(line))
     assert (tree.root(), tree.size) == (root, size)

@@ -1,6 +1,6 @@
 """RFC 9162 hashes, against the test vectors of the Certificate Transparency reference code."""
 
-from controlplane.merkle import Frontier, leaf_hash
+from controlplane.merkle import Tree, leaf_hash
 
 LEAVES = [
     bytes.fromhex(text)
@@ -29,9 +29,9 @@ EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def test_roots_as_the_tree_grows() -> None:
-    frontier = Frontier()
-    assert frontier.root().hex() == EMPTY
+    tree = Tree()
+    assert tree.root().hex() == EMPTY
     for leaf, root in zip(LEAVES, ROOTS, strict=True):
-        frontier.append(leaf_hash(leaf))
-        assert frontier.root().hex() == root
-    assert frontier.size == len(LEAVES)
+        tree.append(leaf_hash(leaf))
+        assert tree.root().hex() == root
+    assert tree.size == len(LEAVES)
