@@ -79,8 +79,11 @@ def test_make_before_break_loses_nothing_and_break_before_make_does(
     manifest = json.loads((out / "manifest.json").read_text())
     for member in ("seed", "options", "topology", "features", "network", "sysctls", "software"):
         assert manifest[member] is not None
-    evidence = [json.loads(line) for line in (out / "evidence.jsonl").read_text().splitlines()]
-    assert [entry["index"] for entry in evidence] == list(range(len(evidence)))
+    # A third party can check what was granted; one changed character is found and named.
+    log = out / "evidence.jsonl"
+    aipaging("evidence", "verify", log)
+    log.write_text(log.read_text().replace('"epoch":2', '"epoch":3', 1))
+    assert "entry" in aipaging("evidence", "verify", log, status=1).stdout
 
 
 def test_nothing_passes_after_a_lease_with_the_controller_dead_in_half(tmp_path: Path) -> None:
@@ -90,6 +93,7 @@ def test_nothing_passes_after_a_lease_with_the_controller_dead_in_half(tmp_path:
     assert (summary["leases"], summary["controller_killed"]) == (8, 4)
     assert (summary["overrun_packets"], summary["overrun_ms_max"]) == (0, 0)
     assert 0 < summary["early_ms_max"] < 50
+    aipaging("evidence", "verify", out / "evidence.jsonl")
 
 
 def test_sigkill_of_a_run_at_any_moment_leaves_nothing_and_the_next_one_works(
