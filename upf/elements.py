@@ -24,7 +24,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     NFT_MSG_NEWSETELEM,
 )
 
-from upf.schema import NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, TABLE
+from upf.messages import NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, TABLE
 
 # linux/netfilter/nf_tables.h
 _LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3

@@ -20,7 +20,7 @@ from pyroute2.netlink.nfnetlink import nftsocket
 from pyroute2.nftables.main import AsyncNFTables
 
 from upf import expressions as nft
-from upf.schema import batch, message
+from upf.messages import batch, message
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWPID = 0x00020000, 0x40000000, 0x20000000
 NFPROTO_INET, NFPROTO_BRIDGE = 1, 7

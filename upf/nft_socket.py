@@ -21,8 +21,8 @@ from upf.elements import (
     EncodedBatch,
     encode_batch,
 )
+from upf.messages import Message
 from upf.netns import in_namespace
-from upf.schema import Message
 
 NETLINK_NETFILTER = 12
 NLMSG_ERROR, NLMSG_DONE = 2, 3
@@ -95,7 +95,7 @@ class NftSocket:
         raise BatchError(errno.EAGAIN, "every try of a batch")
 
     def commit_messages(self, messages: Sequence[Message]) -> None:
-        """Send pyroute2 messages, enclosed by `schema.batch`, as one atomic batch."""
+        """Send pyroute2 messages, enclosed by `messages.batch`, as one atomic batch."""
         first = self._number(len(messages))
         data = b""
         for number, message in enumerate(messages[1:-1], start=first):

@@ -14,8 +14,9 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     nft_table_msg,
 )
 
+from upf.messages import TABLE, element_message, key_attribute, message
 from upf.nft_socket import NftSocket
-from upf.schema import DROP_REASONS, TABLE, element_message, key_attribute, message
+from upf.schema import DROP_REASONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST
-from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
-    NFPROTO_INET,
     NFPROTO_IPV4,
     NFPROTO_IPV6,
     NFT_MSG_DELTABLE,
@@ -35,7 +32,6 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     NFT_MSG_NEWTABLE,
     nft_chain_msg,
     nft_rule_msg,
-    nft_set_elem_list_msg,
     nft_set_msg,
     nft_table_msg,
 )
@@ -43,8 +39,8 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from upf import expressions as nft
 from upf.config import MARK_BASE, MARK_MASK, GateConfig
 from upf.expressions import Expression
+from upf.messages import TABLE, Message, batch, element_message, key_attribute, message
 
-TABLE = "aipaging"
 VERSION = 3
 DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
 
@@ -53,12 +49,9 @@ PRIORITY_RAW, PRIORITY_MANGLE = -300, -150
 IFNAME_BYTES = 16
 IPPROTO_TCP = 6
 TCP_FLAGS_OFFSET, TCP_SYN, TCP_ACK = 13, 0x02, 0x10
-NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 
 # nftables' own numbers for data types, so that `nft list table` prints the sets readably.
 TYPE_MARK, TYPE_CLASSID, TYPE_IFNAME = 19, 23, 41
-
-Message = Any  # pyroute2's message classes are untyped
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,41 +386,3 @@ def _steer(family: Family) -> list[Expression]:
 def _leased(family: Family) -> list[Expression]:
     """Go on if a lease lets this anchor answer this UE as this service."""
     return [*_key(family, "daddr", "saddr", "iifname"), nft.in_set(family.name("return"))]
-
-
-def message(kind: type, number: int, *, flags: int = 0, **attributes: Any) -> Message:
-    """Build one nf_tables request; `attributes` are named as in linux/netfilter/nf_tables.h."""
-    request = kind()
-    request["nfgen_family"] = NFPROTO_INET
-    request["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | number
-    request["header"]["flags"] = flags or NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND
-    request["attrs"] = list(attributes.items())
-    return request
-
-
-def key_attribute(key: bytes) -> tuple[str, Any]:
-    """Return the key of a set element as an attribute."""
-    return ("NFTA_SET_ELEM_KEY", {"attrs": [("NFTA_DATA_VALUE", key)]})
-
-
-def element_message(number: int, set_name: str, elements: list[dict[str, Any]]) -> Message:
-    """Build a request that adds, deletes or gets elements of a set."""
-    return message(
-        nft_set_elem_list_msg,
-        number,
-        NFTA_SET_ELEM_LIST_TABLE=TABLE,
-        NFTA_SET_ELEM_LIST_SET=set_name,
-        NFTA_SET_ELEM_LIST_ELEMENTS=elements,
-    )
-
-
-def batch(messages: list[Message]) -> list[Message]:
-    """Enclose messages so that the kernel applies all of them or none."""
-    ends = []
-    for number in (NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END):
-        end = nfgen_msg()
-        end["res_id"] = NFNL_SUBSYS_NFTABLES
-        end["header"]["type"] = number
-        end["header"]["flags"] = NLM_F_REQUEST
-        ends.append(end)
-    return [ends[0], *messages, ends[1]]

@@ -21,9 +21,10 @@ from scripts.errors import UserError
 from upf.config import GateConfig
 from upf.elements import MAX_ELEMENTS, Add
 from upf.expressions import u32
+from upf.messages import TABLE, batch, element_message, key_attribute
 from upf.netns import in_namespace
 from upf.nft_socket import NftSocket
-from upf.schema import TABLE, batch, element_message, ifname_key, key_attribute
+from upf.schema import ifname_key
 
 TIMEOUT_MS = 600_000
 

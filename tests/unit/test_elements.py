@@ -20,7 +20,7 @@ from upf.elements import (
     encode_elements,
     encode_message,
 )
-from upf.schema import batch, element_message, key_attribute
+from upf.messages import batch, element_message, key_attribute
 
 U64 = st.integers(0, 2**64 - 1)
 SETS = st.sampled_from(["steer4", "return6", "qos4", "drain6"])
