@@ -1,7 +1,6 @@
 """The testbed: an emulated network with its anchors and its controller running in it."""
 
 import json
-import os
 import select
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from scripts.controller import ControllerConfig, write_config
 from scripts.errors import UserError
 from scripts.evidence_files import CHECKPOINT_FILE, write
 from topologies.hosts import Anchor, Host, Ue
+from topologies.linux import set_priority
 from topologies.network import Network
 from topologies.spec import TopologySpec
 from upf import qos
@@ -188,7 +188,7 @@ class Testbed:
         """Start a program and wait for its first line of output, which says that it is ready."""
         with (self._folder / f"{name}.log").open("ab") as log:
             program = host.popen(command, stdout=subprocess.PIPE, stderr=log)
-        os.setpriority(os.PRIO_PROCESS, program.pid, NICE)
+        set_priority(program.pid, NICE)
         self._programs[name] = program
         assert program.stdout is not None
         ready, _, _ = select.select([program.stdout], [], [], START_TIMEOUT_S)

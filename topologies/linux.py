@@ -1,5 +1,6 @@
 """The few Linux calls that Python 3.11's standard library does not wrap."""
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -43,6 +44,12 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
         data.encode() or None,
     )
     _check(result, f"mount {target}")
+
+
+def set_priority(pid: int, nice: int) -> None:
+    """setpriority(2) of a process (0: this one), as far as it is permitted (CAP_SYS_NICE)."""
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, pid, nice)
 
 
 def prctl(option: int, value: int) -> None:

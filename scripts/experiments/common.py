@@ -22,6 +22,7 @@ from topologies.endpoints.probe_plan import Direction, Flow, ProbePlan, Site
 from topologies.endpoints.probe_session import ProbeError
 from topologies.errors import TopologyError
 from topologies.isolation import run_isolated, scratch_dir
+from topologies.linux import set_priority
 from topologies.network import Network
 from topologies.spec import TopologySpec, UesSpec, load_topology
 from upf.features import Features, probe
@@ -31,6 +32,10 @@ STATUS_FILE = "status.json"
 FIRST_PORT = 9_000
 DRAIN_MS = 100
 BUILT_IN_CATALOGUE = Path(__file__).parents[2] / "topologies" / "catalogue.yaml"
+
+# The probes' sender spins: where there are two CPUs it has one to itself.
+CPUS = frozenset(os.sched_getaffinity(0))
+SENDER_CPU = max(CPUS) if len(CPUS) > 1 else None
 
 console = Console(stderr=True)
 
@@ -82,8 +87,8 @@ def run(
     folder = common.out.resolve()
 
     def isolated() -> int:
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)
-        os.sched_setaffinity(0, _cpus() - {_sender_cpu()} or _cpus())
+        set_priority(0, NICE)
+        os.sched_setaffinity(0, CPUS - {SENDER_CPU})
         try:
             with ExitStack() as stack:
                 with console.status("building the network") as status:
@@ -170,17 +175,8 @@ def probe_plan(
         flows=tuple(flows),
         rate_pps=common.rate_pps,
         max_duration_s=max_duration_s,
-        sender_cpu=_sender_cpu(),
+        sender_cpu=SENDER_CPU,
     )
-
-
-def _cpus() -> set[int]:
-    return set(range(os.cpu_count() or 1))
-
-
-def _sender_cpu() -> int | None:
-    """The probes' sender spins: where there are two CPUs it has one to itself."""
-    return max(_cpus()) if len(_cpus()) > 1 else None
 
 
 def progress() -> Progress:

@@ -34,6 +34,7 @@ from topologies.endpoints.probe_plan import Direction, ProbePlan
 from topologies.endpoints.probe_receiver import RECEIVE_BUFFER_BYTES, run_echo, run_receiver
 from topologies.endpoints.probe_sender import START_DELAY_NS, SendLog, Stream, run_sender
 from topologies.endpoints.probe_sockets import open_sockets
+from topologies.linux import set_priority
 
 SCHEMA_VERSION = 1
 CHILD_TIMEOUT_S = 10.0
@@ -60,7 +61,7 @@ class Probe:
 
     def run(self) -> None:
         """Start, obey the driver until the end, write the records."""
-        os.setpriority(os.PRIO_PROCESS, 0, PROGRAM_NICE)
+        set_priority(0, PROGRAM_NICE)
         stop_fd = _stop_signals()
         clocks = [_clock_offset_ns()]
         self._start()

@@ -5,7 +5,6 @@ One page of shared memory, written by the parent and read by its children betwee
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import mmap
@@ -17,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from topologies.linux import PR_SET_PDEATHSIG, PR_SET_TIMERSLACK, prctl, set_priority
+
 _SENDER, _RECEIVERS, _FIRST_SOURCE = 0, 1, 64
-_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
-_libc = ctypes.CDLL(None, use_errno=True)
 
 READY = b"\n"
 """What a child writes to its result pipe once it works; its JSON result follows when it ends."""
@@ -108,11 +107,11 @@ def fork_child(name: str, nice: int, work: Callable[[Callable[[], None]], dict[s
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        _libc.prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        prctl(PR_SET_TIMERSLACK, 1)
         if os.getppid() != parent:
             os._exit(1)
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
+        set_priority(0, nice)
         gc.freeze()
         gc.disable()
         result = work(lambda: _write_all(write_fd, READY))

@@ -6,7 +6,6 @@ each be one process that works in all sites at once.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import socket
 from collections.abc import Iterator
@@ -16,9 +15,7 @@ from pathlib import Path
 
 from topologies.endpoints.mmsg import SO_RCVBUFFORCE, SO_TIMESTAMPNS
 from topologies.endpoints.probe_plan import Direction, Flow, ProbePlan
-
-CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
+from topologies.linux import CLONE_NEWNET, setns
 
 
 class ProbeSocketError(RuntimeError):
@@ -56,7 +53,7 @@ def in_namespace(path: str) -> Iterator[None]:
         try:
             yield
         finally:
-            _enter_fd(own)
+            setns(own, CLONE_NEWNET)
     finally:
         os.close(own)
 
@@ -119,12 +116,6 @@ def _open(
 def _enter(path: str) -> None:
     fd = os.open(Path(path), os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _enter_fd(fd)
+        setns(fd, CLONE_NEWNET)
     finally:
         os.close(fd)
-
-
-def _enter_fd(fd: int) -> None:
-    if _libc.setns(fd, CLONE_NEWNET) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
