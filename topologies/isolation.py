@@ -97,22 +97,37 @@ def run_isolated(main: Callable[[], int]) -> int:
 
 
 def _wait(child: int, mask: set[int | signal.Signals]) -> int:
-    """Pass signals on until the child ends, then give its exit status."""
-    received: list[int] = []
+    """Pass signals on until the child ends, then give its exit status.
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        os.kill(child, number if len(received) < 3 else signal.SIGKILL)
-
-    previous = {number: signal.signal(number, pass_on) for number in _FORWARDED}
-    # WNOWAIT keeps the pid ours, so that no signal can reach a stranger who was given it.
+    Signals wake the wait through a pipe: one that comes just before the wait begins, or in another
+    thread, is not missed.
+    """
+    process = os.pidfd_open(child)
+    woken, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    previous_wake = signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    previous = {number: signal.signal(number, _do_nothing) for number in _FORWARDED}
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
-    for number, handler in previous.items():
-        signal.signal(number, handler)
+    received = 0
+    try:
+        while process not in select.select([process, woken], [], [])[0]:
+            for number in os.read(woken, 64):
+                if number in _FORWARDED:
+                    received += 1
+                    os.kill(child, number if received < 3 else signal.SIGKILL)
+    finally:
+        signal.set_wakeup_fd(previous_wake)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for fd in (process, woken, wake):
+            os.close(fd)
+    # Only now is the pid free to be given to a stranger.
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else 128 - code
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    pass
 
 
 def _be_the_run(
