@@ -30,7 +30,7 @@ from upf.features import Features, probe
 EVIDENCE_FILE = "evidence.jsonl"
 STATUS_FILE = "status.json"
 FIRST_PORT = 9_000
-DRAIN_MS = 100
+DRAIN_MS = 1_000  # longer than any stall of the control plane on a busy machine
 BUILT_IN_CATALOGUE = Path(__file__).parents[2] / "topologies" / "catalogue.yaml"
 
 # The probes' sender spins: where there are two CPUs it has one to itself.

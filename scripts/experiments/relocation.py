@@ -21,7 +21,7 @@ from topologies.endpoints.probe_session import ProbeSession
 ARMS = ("none", "mbb", "bbm")
 SETTLE_MS = 300  # before the first episode
 LEAD_MS = (30, 60)  # an episode's relocation begins somewhere in here
-TRAIL_MS = common.DRAIN_MS + 50  # and lasts at least so much longer
+TRAIL_MS = 150  # and lasts at least so much longer
 SLACK_S = 60
 PAGE_SLACK_MS = 600_000
 
@@ -118,7 +118,7 @@ class _Run:
             target = next(name for name in options.between if name != source)
             time.sleep(self._scenario.random.uniform(*LEAD_MS) / 1000)
             instants = self._relocate(ue, target, break_before_make=arm == "bbm")
-        # A slow relocation gets a longer episode, so that its drain and its stragglers are in it.
+        # A slow relocation gets a longer episode, so that its stragglers are in it.
         ends = max(began + options.window_ms / 1000, time.monotonic() + TRAIL_MS / 1000)
         time.sleep(ends - time.monotonic())
         return Episode(
