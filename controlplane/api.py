@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from ipaddress import ip_address
 from typing import Annotated, Any, TypeVar
 
@@ -172,15 +173,7 @@ class Api:
             try:
                 return await handler(request)
             except Refusal as refusal:
-                excluded = [
-                    {
-                        "aisi": exclusion.aisi,
-                        "anchor": exclusion.anchor,
-                        "constraint": exclusion.constraint,
-                        "detail": exclusion.detail,
-                    }
-                    for exclusion in refusal.excluded
-                ]
+                excluded = [asdict(exclusion) for exclusion in refusal.excluded]
                 extra = {"excluded": excluded} if excluded else {}
                 return problem(refusal.cause, str(refusal), **extra)
             except JournalError as error:
@@ -256,15 +249,7 @@ class Api:
                 }
                 for candidate in grant.resolution.candidates
             ],
-            "excluded": [
-                {
-                    "aisi": exclusion.aisi,
-                    "anchor": exclusion.anchor,
-                    "constraint": exclusion.constraint,
-                    "detail": exclusion.detail,
-                }
-                for exclusion in grant.resolution.excluded
-            ],
+            "excluded": [asdict(exclusion) for exclusion in grant.resolution.excluded],
             "timeline": {
                 "requestedUnixNs": grant.timeline.requested_unix_ns,
                 "preparedUnixNs": grant.timeline.prepared_unix_ns,
