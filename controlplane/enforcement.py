@@ -25,12 +25,16 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Binding:
-    """What one COMMIT authorises: its flows, to one anchor, under one QoS, until a deadline."""
+    """What one COMMIT authorises: its flows, to one anchor, under one QoS, until a deadline.
+
+    Without an anchor it authorises QoS alone: nothing is steered, the flows' packets take the
+    ordinary route, and their priority ends with the lease (CAMARA Quality-on-Demand).
+    """
 
     lease_id: str
     epoch: int  # of the session; only grows (fencing)
     flows: tuple[Flow, ...]
-    anchor: str
+    anchor: str | None
     qos_profile: str
     expires_ns: int  # CLOCK_MONOTONIC
 
@@ -128,6 +132,12 @@ class Enforcer(Protocol):
 
     def enforced(self) -> list[Enforced]:
         """Read every live steering element back from the kernel."""
+
+    def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
+        """Return what the kernel has counted so far, by lease id.
+
+        A lease whose elements are gone (expired, revoked, superseded and drained) is missing.
+        """
 
     def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
         """Make the kernel hold exactly these bindings, with the time each has left."""
