@@ -1,125 +1,126 @@
-"""An AIST is honoured only as issued, only for its AISI, and never past its lease."""
+"""An AIST says what was granted, in a form that any JWT library reads, and ends with its lease."""
 
-import base64
 import json
 import time
+import timeit
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane import aist
+from controlplane import aist, keys
+from controlplane.keys import SigningKey
+from controlplane.verifier import Reason, TokenError, Verifier
 
-KEY = Ed25519PrivateKey.generate()
-PUBLIC = KEY.public_key()
-S = 1_000_000_000
+PRIVATE = Ed25519PrivateKey.generate()
+KEY = SigningKey(PRIVATE)
+S, MS = 1_000_000_000, 1_000_000
+UE = "10.45.0.1"
 
 
-def issue(key: Ed25519PrivateKey = KEY, *, lives_ns: int = 60 * S) -> str:
-    now_ns = time.time_ns()
+def issue(now_ns: int, lives_ns: int, **changes: Any) -> str:
+    options: dict[str, Any] = {
+        "ue": "ue1",
+        "addresses": [UE, "fd00:45::1"],
+        "aisi": "aisi-1",
+        "lease_id": "lease-1",
+        "epoch": 3,
+        "task": "text-generation",
+    }
     return aist.issue(
-        key,
-        ue="ue1",
-        addresses=["10.45.0.1", "fd00:45::1"],
-        aisi="aisi-1",
-        lease_id="lease-1",
-        epoch=3,
-        task="text-generation",
-        now_unix_ns=now_ns,
-        lease_expires_unix_ns=now_ns + lives_ns,
+        KEY, **{**options, **changes}, now_unix_ns=now_ns, lease_expires_unix_ns=now_ns + lives_ns
     )
 
 
-def claims() -> dict[str, object]:
-    decoded: dict[str, object] = jwt.decode(issue(), options={"verify_signature": False})
+def payload(token: str) -> dict[str, Any]:
+    found = jwt.PyJWS().decode(token, PRIVATE.public_key(), algorithms=["EdDSA"])
+    decoded: dict[str, Any] = json.loads(found, parse_float=Decimal)
     return decoded
 
 
-def test_says_what_was_issued() -> None:
-    found = aist.verify(PUBLIC, issue(), "aisi-1")
-    assert (found.ue, found.aisi, found.lease_id) == ("ue1", "aisi-1", "lease-1")
-    assert found.addresses == ("10.45.0.1", "fd00:45::1")
-    assert (found.epoch, found.task) == (3, "text-generation")
+def test_pyjwt_reads_what_was_issued() -> None:
+    now_ns = time.time_ns()
+    token = issue(now_ns, 60 * S)
+    key = jwt.PyJWKSet.from_dict(keys.jwks([PRIVATE.public_key()]))[KEY.kid]
+    claims = jwt.decode(
+        token,
+        key,
+        algorithms=["EdDSA"],
+        audience="aisi-1",
+        issuer="ai-paging",
+        options={"require": aist.REQUIRED_CLAIMS},
+    )
+    assert len(claims.pop("jti")) == 32
+    assert claims == {
+        "iss": "ai-paging",
+        "sub": "ue1",
+        "aud": "aisi-1",
+        "nbf": now_ns // S,
+        "exp": (now_ns + 60 * S) // S,
+        "scope": "text-generation",
+        "aisi": "aisi-1",
+        "lease": "lease-1",
+        "epoch": 3,
+        "addresses": [UE, "fd00:45::1"],
+    }
+    header = jwt.get_unverified_header(token)
+    assert header == {"alg": "EdDSA", "kid": KEY.kid, "typ": "aist+jwt"}
+    assert payload(issue(now_ns, 60 * S))["jti"] != payload(token)["jti"]
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_any_name_is_quoted_rightly(ue: str, aisi: str) -> None:
+    token = issue(S, 60 * S, ue=ue, aisi=aisi)
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert (claims["sub"], claims["aud"], claims["aisi"]) == (ue, aisi, aisi)
 
 
 @given(
     now_ns=st.integers(min_value=0, max_value=4_000_000_000 * S),
-    lives_ns=st.integers(min_value=0, max_value=86_400 * S),
+    lives_ns=st.integers(min_value=0, max_value=20 * S)
+    | st.integers(min_value=0, max_value=86_400 * S),
 )
-def test_never_outlives_its_lease(now_ns: int, lives_ns: int) -> None:
-    token = aist.issue(
-        KEY,
-        ue="u",
-        addresses=["10.45.0.1"],
-        aisi="a",
-        lease_id="l",
-        epoch=1,
-        task="t",
-        now_unix_ns=now_ns,
-        lease_expires_unix_ns=now_ns + lives_ns,
-    )
-    decoded = jwt.decode(token, options={"verify_signature": False})
-    assert decoded["exp"] * S <= now_ns + lives_ns
-    assert decoded["nbf"] * S <= now_ns
+def test_ends_with_its_lease(now_ns: int, lives_ns: int) -> None:
+    claims = payload(issue(now_ns, lives_ns))
+    lost_ns = now_ns + lives_ns - claims["exp"] * S
+    assert claims["nbf"] * S <= now_ns
+    assert 0 <= lost_ns < max(MS, min(S, lives_ns / 10 + 1))
+    if lives_ns >= 10 * S:
+        assert isinstance(claims["exp"], int)
 
 
-@pytest.mark.parametrize("lives_ns", [0, -S])
-def test_expired_is_refused(lives_ns: int) -> None:
-    with pytest.raises(aist.TokenError, match="expired"):
-        aist.verify(PUBLIC, issue(lives_ns=lives_ns), "aisi-1")
+@given(
+    into_ns=st.integers(min_value=0, max_value=S - 1),
+    lives_ns=st.integers(min_value=50 * MS, max_value=S),
+)
+def test_a_lease_of_less_than_a_second_can_be_used(into_ns: int, lives_ns: int) -> None:
+    now_ns = 1_790_000_000 * S + into_ns
+    token = issue(now_ns, lives_ns)
+    verifier = Verifier("ai-paging", keys.jwks([PRIVATE.public_key()]))
+    for at_ns in (now_ns, now_ns + lives_ns // 2, now_ns + lives_ns - 2 * MS):
+        verifier.check(token, "aisi-1", UE, now_unix_s=at_ns / S)
+    with pytest.raises(TokenError) as caught:
+        verifier.check(token, "aisi-1", UE, now_unix_s=(now_ns + lives_ns + 1000) / S)
+    assert caught.value.reason is Reason.EXPIRED
 
 
-def test_other_audience_and_other_key_are_refused() -> None:
-    with pytest.raises(aist.TokenError, match=r"[Aa]udience"):
-        aist.verify(PUBLIC, issue(), "aisi-2")
-    with pytest.raises(aist.TokenError, match=r"[Ss]ignature"):
-        aist.verify(PUBLIC, issue(Ed25519PrivateKey.generate()), "aisi-1")
+def test_issuing_costs_little_more_than_the_signature() -> None:
+    def fastest(call: Any) -> float:
+        return min(timeit.repeat(call, number=50, repeat=40))
+
+    message = b"x" * 450
+    # PyJWT takes 2.3 times as long as the signature, this 1.25 times.
+    now_ns = time.time_ns()
+    assert fastest(lambda: issue(now_ns, 60 * S)) < 1.6 * fastest(lambda: PRIVATE.sign(message))
 
 
-def test_algorithm_none_is_refused() -> None:
-    with pytest.raises(aist.TokenError):
-        aist.verify(PUBLIC, jwt.encode(claims(), None, algorithm="none"), "aisi-1")
-
-
-def test_public_key_as_shared_secret_is_refused() -> None:
-    raw = PUBLIC.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    with pytest.raises(aist.TokenError):
-        aist.verify(PUBLIC, jwt.encode(claims(), raw, algorithm="HS256"), "aisi-1")
-
-
-@pytest.mark.parametrize("name", aist.REQUIRED_CLAIMS)
-def test_every_claim_is_needed(name: str) -> None:
-    without = {key: value for key, value in claims().items() if key != name}
-    with pytest.raises(aist.TokenError):
-        aist.verify(PUBLIC, jwt.encode(without, KEY, algorithm="EdDSA"), "aisi-1")
-
-
-@pytest.mark.parametrize("part", [0, 1, 2])
-def test_tampered_is_refused(part: int) -> None:
-    parts = issue().split(".")
-    raw = bytearray(base64.urlsafe_b64decode(parts[part] + "=="))
-    raw[len(raw) // 2] ^= 1
-    parts[part] = base64.urlsafe_b64encode(bytes(raw)).rstrip(b"=").decode()
-    with pytest.raises(aist.TokenError):
-        aist.verify(PUBLIC, ".".join(parts), "aisi-1")
-
-
-def test_raised_epoch_without_signature_is_refused() -> None:
-    head, _, signature = issue().split(".")
-    body = base64.urlsafe_b64encode(json.dumps({**claims(), "epoch": 9}).encode()).rstrip(b"=")
-    with pytest.raises(aist.TokenError):
-        aist.verify(PUBLIC, f"{head}.{body.decode()}.{signature}", "aisi-1")
-
-
-def test_keys_on_disk(tmp_path: Path) -> None:
+def test_key_files_are_reached_from_here(tmp_path: Path) -> None:
     key = aist.generate_key(tmp_path / "key")
-    assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
     aist.write_public_key(key, tmp_path / "key.pub")
-    token = issue(aist.load_private_key(tmp_path / "key"))
-    assert aist.verify(aist.load_public_key(tmp_path / "key.pub"), token, "aisi-1").epoch == 3
-    with pytest.raises(FileExistsError):
-        aist.generate_key(tmp_path / "key")
+    assert aist.load_private_key(tmp_path / "key").public_key() == key.public_key()
+    assert aist.load_public_key(tmp_path / "key.pub") == key.public_key()

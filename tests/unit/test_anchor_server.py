@@ -13,12 +13,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from controlplane import aist
+from controlplane import aist, keys
+from controlplane.keys import SigningKey
+from controlplane.verifier import Verifier
 from topologies.endpoints.anchor import MAX_BODY_BYTES, AnchorConfig, Service, create_app
 from topologies.endpoints.chat import MAX_TOKENS, token_number
 from topologies.endpoints.ue import Answer, TokenArrival, analyse
 
-KEY = Ed25519PrivateKey.generate()
+KEY = SigningKey(Ed25519PrivateKey.generate())
 UE, UE6, SERVICE = "10.45.0.1", "fd00:45::1", "198.18.0.1"
 AISI, TASK = "aisi-1", "text-generation"
 CHAT = "/v1/chat/completions"
@@ -30,7 +32,7 @@ def config(**changes: Any) -> AnchorConfig:
         "name": "edge1",
         "addresses": frozenset({ip_address(SERVICE), ip_address("fd00:a151::1")}),
         "services": {AISI: Service(task=TASK, model="tiny")},
-        "public_key": KEY.public_key(),
+        "verifier": Verifier(aist.ISSUER, keys.jwks([KEY.public])),
         "token_interval_ms": 0,
     }
     return AnchorConfig(**{**options, **changes})
@@ -58,7 +60,7 @@ class Client:
         return self.request("POST", path, **options)
 
 
-def token(key: Ed25519PrivateKey = KEY, *, lives_s: int = 3600, **changes: Any) -> str:
+def token(key: SigningKey = KEY, *, lives_s: int = 3600, **changes: Any) -> str:
     now_ns = time.time_ns()
     options: dict[str, Any] = {
         "ue": "ue1",
@@ -120,7 +122,7 @@ def test_ipv6_and_model_by_name() -> None:
 
 
 def refusals() -> Iterator[Any]:
-    good, other = token(), Ed25519PrivateKey.generate()
+    good, other = token(), SigningKey(Ed25519PrivateKey.generate())
     head, body, signature = good.split(".")
     nested = "W1tb" * 4000  # [[[ ...
     yield pytest.param({}, 401, "missing_token", id="missing")
