@@ -22,11 +22,12 @@ from http_message_signatures import (
     MappingKeyResolver,
     algorithms,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from controlplane import delivery
 from controlplane.delivery import (
     Delivered,
     Delivery,
@@ -154,7 +155,8 @@ class Receiver:
         left = iter(statuses)
 
         async def handler(request: Request, body: bytes) -> Response:
-            return Response(status_code=next(left, 204))
+            elsewhere = {"location": self.root + "/elsewhere"}
+            return Response(status_code=next(left, 204), headers=elsewhere)
 
         self.handlers[path] = handler
         return self.root + path
@@ -292,7 +294,9 @@ def test_an_answer_without_end_is_read_only_so_far() -> None:
     run(scenario())
 
 
-def test_a_failed_notice_is_tried_again_and_done_once() -> None:
+def test_a_failed_notice_is_tried_again_and_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "POLL_S", 3_600)  # nothing but the retry itself wakes it
+
     async def scenario() -> None:
         outbox = MemoryOutbox()
         async with receiving() as receiver:
@@ -507,6 +511,7 @@ def waiting(attempts: int = 0) -> Delivery:
     )
 
 
+@settings(deadline=None)
 @given(
     status=st.integers(200, 599),
     attempts=st.integers(0, 10**6),
@@ -558,6 +563,7 @@ def test_retry_after_is_seconds_or_a_date(value: str, delay_s: int) -> None:
     assert policy.judge(waiting(), answer, START, 0.0) == Retry(START + delay_s * NS, "HTTP 503")
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_retry_after_is_read(value: str) -> None:
     answer = Answer(503, httpx.Headers([(b"retry-after", value.encode())]), b"")
