@@ -4,43 +4,56 @@ A lease is a handful of set and map elements; installing one is the hot path of 
 Only these messages are packed by hand; tests hold them equal, byte for byte, to pyroute2's.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pyroute2.netlink import (
     NLM_F_ACK,
     NLM_F_APPEND,
     NLM_F_CREATE,
+    NLM_F_DUMP,
     NLM_F_EXCL,
     NLM_F_REQUEST,
 )
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES
 from pyroute2.netlink.nfnetlink.nftsocket import (
-    NFPROTO_INET,
     NFT_MSG_DELSETELEM,
+    NFT_MSG_GETSETELEM,
     NFT_MSG_NEWSETELEM,
 )
 
-from upf.messages import NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, TABLE
+from upf.attributes import (
+    COUNTER,
+    COUNTER_BYTES,
+    COUNTER_PACKETS,
+    ELEM_DATA,
+    ELEM_EXPR,
+    ELEM_KEY,
+    ELEM_TIMEOUT,
+    ELEM_USERDATA,
+    EXPR_DATA,
+    EXPR_NAME,
+    LIST_ELEMENT,
+    LIST_ELEMENTS,
+    NFGEN,
+    NLA,
+    NLMSG,
+    U64,
+    UDATA_COMMENT,
+    attribute,
+    list_head,
+    padding,
+    value_head,
+)
+from upf.messages import NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END
 
-# linux/netfilter/nf_tables.h
-_LIST_TABLE, _LIST_SET, _LIST_ELEMENTS = 1, 2, 3
-_ELEM_KEY, _ELEM_DATA, _ELEM_TIMEOUT, _ELEM_USERDATA, _ELEM_EXPR = 1, 2, 4, 6, 7
-_DATA_VALUE = 1
-_EXPR_NAME, _EXPR_DATA, _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2, 1, 2
-_UDATA_COMMENT = 0
 MAX_COMMENT_BYTES = 250
-
-_NLMSG = struct.Struct("=IHHII")  # length, type, flags, sequence number, port id
-_NFGEN = struct.Struct(">BBH")  # family, version, resource id
-_NLA = struct.Struct("=HH")  # length, type
-_TIMEOUT = struct.Struct(">Q")
 
 ADD_TYPE = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWSETELEM
 DELETE_TYPE = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELSETELEM
+GET_TYPE = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETSETELEM
 ADD_FLAGS = NLM_F_REQUEST | NLM_F_CREATE | NLM_F_APPEND
 ADD_NEW_FLAGS = ADD_FLAGS | NLM_F_EXCL  # an element that exists is an error, not a renewal
 DELETE_FLAGS = NLM_F_REQUEST
@@ -49,16 +62,14 @@ DELETE_FLAGS = NLM_F_REQUEST
 MAX_ELEMENTS = 128
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
+class Counters(NamedTuple):
     """Packets and bytes an element starts from."""
 
     packets: int
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(NamedTuple):
     """Add an element to a set or map of the gate."""
 
     set_name: str
@@ -69,8 +80,7 @@ class Add:
     counters: Counters | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Delete:
+class Delete(NamedTuple):
     """Delete an element."""
 
     set_name: str
@@ -80,113 +90,107 @@ class Delete:
 ElementChange = Add | Delete
 
 
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = 4 + len(value)
-    return _NLA.pack(length, kind) + value + b"\0" * (-length & 3)
-
-
-@lru_cache(maxsize=64)
-def _head(set_name: str) -> bytes:
-    return (
-        _NFGEN.pack(NFPROTO_INET, 0, 0)
-        + _attribute(_LIST_TABLE, TABLE.encode() + b"\0")
-        + _attribute(_LIST_SET, set_name.encode() + b"\0")
-    )
-
-
-def encode_elements(changes: Sequence[ElementChange]) -> bytes:
-    """Encode elements as the attributes of a list, numbered from 1 as pyroute2 does."""
+def encode_additions(changes: Sequence[Add]) -> bytes:
+    """Encode elements to add as the attributes of a list."""
     parts: list[bytes] = []
-    for number, change in enumerate(changes, start=1):
-        if isinstance(change, Add):
-            body = _added(change)
-        else:
-            layout = _Layout.of(len(change.key), 0, None)
-            body = layout.before_key + change.key + layout.before_data
-        parts += (_NLA.pack(4 + len(body), number), body)
+    lengths: tuple[int, ...] = ()
+    pack = U64.pack
+    for _, key, timeout_ms, data, comment, counters in changes:
+        if lengths != (found := (len(key), len(data), len(comment), counters is not None)):
+            lengths = found
+            head, before_data, before_timeout, before_comment, after_comment = _layout(*lengths)
+        parts += (
+            *(head, key, before_data, data, before_timeout, pack(timeout_ms)),
+            *(before_comment, comment, after_comment),
+        )
+        if counters is not None:
+            parts.append(_counter(counters))
     return b"".join(parts)
 
 
-def _added(change: Add) -> bytes:
-    layout = _Layout.of(len(change.key), len(change.data), len(change.comment))
-    body = b"".join(
-        (
-            layout.before_key,
-            change.key,
-            layout.before_data,
-            change.data,
-            layout.before_timeout,
-            _TIMEOUT.pack(change.timeout_ms),
-            layout.before_comment,
-            change.comment,
-            layout.after_comment,
-        )
+def encode_deletions(changes: Sequence[Delete]) -> bytes:
+    """Encode elements to delete, or to look up, as the attributes of a list."""
+    return b"".join(
+        [part for _, key in changes for part in (key_head(len(key)), key, padding(len(key)))]
     )
-    return body if change.counters is None else body + _counter(change.counters)
 
 
-class _Layout(NamedTuple):
-    """The constant bytes between the parts of an element, which depend on their lengths alone."""
+@lru_cache(maxsize=64)
+def key_head(key_bytes: int) -> bytes:
+    """Return what precedes the key in an element that is named by its key alone."""
+    head = value_head(ELEM_KEY, key_bytes)
+    return NLA.pack(4 + len(head) + key_bytes + len(padding(key_bytes)), LIST_ELEMENT) + head
 
-    before_key: bytes
-    before_data: bytes
-    before_timeout: bytes
-    before_comment: bytes
-    after_comment: bytes
 
-    @staticmethod
-    @lru_cache(maxsize=1024)
-    def of(key: int, data: int, comment: int | None) -> "_Layout":
-        """Lengths in bytes; `comment`: None for an element that is deleted, by its key alone."""
-        before_key = _nested(_ELEM_KEY, key)
-        after_key = _padding(key)
-        if comment is None:
-            return _Layout(before_key, after_key, b"", b"", b"")
-        before_data = after_key + (_nested(_ELEM_DATA, data) if data else b"")
-        before_timeout = _padding(data) + _NLA.pack(12, _ELEM_TIMEOUT)
-        if not comment:
-            return _Layout(before_key, before_data, before_timeout, b"", b"")
+@lru_cache(maxsize=1024)
+def _layout(key: int, data: int, comment: int, counted: bool) -> tuple[bytes, ...]:
+    """Return the constant bytes between the parts of an element with parts of these lengths."""
+    before_data = padding(key) + (value_head(ELEM_DATA, data) if data else b"")
+    before_timeout = padding(data) + NLA.pack(12, ELEM_TIMEOUT)
+    before_comment = after_comment = b""
+    if comment:
         text = comment + 1  # and a NUL
-        before_comment = _NLA.pack(6 + text, _ELEM_USERDATA) + bytes((_UDATA_COMMENT, text))
-        after_comment = b"\0" + _padding(2 + text)
-        return _Layout(before_key, before_data, before_timeout, before_comment, after_comment)
+        before_comment = NLA.pack(6 + text, ELEM_USERDATA) + bytes((UDATA_COMMENT, text))
+        after_comment = b"\0" + padding(2 + text)
+    before_key = value_head(ELEM_KEY, key)
+    constant = before_key + before_data + before_timeout + before_comment + after_comment
+    length = 4 + len(constant) + key + data + U64.size + comment
+    if counted:
+        length += len(_counter(Counters(0, 0)))
+    head = NLA.pack(length, LIST_ELEMENT) + before_key
+    return head, before_data, before_timeout, before_comment, after_comment
 
 
-def _nested(kind: int, value_bytes: int) -> bytes:
-    """The head of an attribute that holds one data value."""
-    whole = 8 + value_bytes + len(_padding(value_bytes))
-    return _NLA.pack(whole, kind) + _NLA.pack(4 + value_bytes, _DATA_VALUE)
-
-
-def _padding(length: int) -> bytes:
-    return b"\0" * (-length & 3)
-
-
+@lru_cache(maxsize=64)
 def _counter(counters: Counters) -> bytes:
-    values = _attribute(_COUNTER_BYTES, _TIMEOUT.pack(counters.bytes)) + _attribute(
-        _COUNTER_PACKETS, _TIMEOUT.pack(counters.packets)
+    values = attribute(COUNTER_BYTES, U64.pack(counters.bytes)) + attribute(
+        COUNTER_PACKETS, U64.pack(counters.packets)
     )
-    return _attribute(
-        _ELEM_EXPR, _attribute(_EXPR_NAME, b"counter\0") + _attribute(_EXPR_DATA, values)
-    )
+    return attribute(ELEM_EXPR, attribute(EXPR_NAME, COUNTER) + attribute(EXPR_DATA, values))
 
 
 def encode_message(
     kind: int, flags: int, set_name: str, elements: bytes, sequence_number: int
 ) -> bytes:
     """Encode one request over elements already encoded."""
-    head = _head(set_name)
-    length = _NLMSG.size + len(head) + 4 + len(elements)
+    head = list_head(set_name)
+    length = NLMSG.size + len(head) + 4 + len(elements)
     return (
-        _NLMSG.pack(length, kind, flags, sequence_number, 0)
+        NLMSG.pack(length, kind, flags, sequence_number, 0)
         + head
-        + _NLA.pack(4 + len(elements), _LIST_ELEMENTS)
+        + NLA.pack(4 + len(elements), LIST_ELEMENTS)
         + elements
     )
 
 
+def encode_look_up(names: Sequence[tuple[str, bytes]], sequence_number: int) -> bytes:
+    """Encode a request for each element (set, key), all with the same number."""
+    heads: dict[str, bytes] = {}
+    parts: list[bytes] = []
+    for set_name, key in names:
+        head = heads.get(set_name)
+        if head is None:  # keys of one set are of one length
+            request = encode_message(
+                GET_TYPE,
+                NLM_F_REQUEST,
+                set_name,
+                encode_deletions([Delete(set_name, key)]),
+                sequence_number,
+            )
+            head = heads[set_name] = request[: -len(key) - len(padding(len(key)))]
+        parts += (head, key, padding(len(key)))
+    return b"".join(parts)
+
+
+def encode_dump(set_name: str, sequence_number: int) -> bytes:
+    """Encode a request for all elements of a set."""
+    head = list_head(set_name)
+    flags = NLM_F_REQUEST | NLM_F_DUMP
+    return NLMSG.pack(NLMSG.size + len(head), GET_TYPE, flags, sequence_number, 0) + head
+
+
 def _end(kind: int) -> bytes:
-    return _NLMSG.pack(_NLMSG.size + 4, kind, NLM_F_REQUEST, 0, 0) + _NFGEN.pack(
+    return NLMSG.pack(NLMSG.size + 4, kind, NLM_F_REQUEST, 0, 0) + NFGEN.pack(
         0, 0, NFNL_SUBSYS_NFTABLES
     )
 
@@ -203,47 +207,50 @@ class EncodedBatch:
 
     data: bytes
     first_number: int
-    groups: tuple[tuple[ElementChange, ...], ...]
+    groups: list[list[ElementChange]]
 
 
 def encode_batch(
-    changes: Sequence[ElementChange], first_number: int, add_flags: int = ADD_FLAGS
+    changes: Sequence[ElementChange],
+    first_number: int,
+    add_flags: int = ADD_FLAGS,
+    *,
+    deletions_alone: bool = False,
 ) -> EncodedBatch:
     """Encode changes as one atomic batch, in order.
 
-    Neighbouring additions to one set share a request. A deletion has a request of its own, so
-    that an error names the element that was not there.
+    Neighbouring additions to one set, or deletions from it, share a request. With
+    `deletions_alone` each deletion has one of its own, so that an error names the element.
     """
-    groups = _groups(changes)
-    requests = []
+    groups = _groups(changes, most_deletions=1 if deletions_alone else MAX_ELEMENTS)
+    requests = [_BEGIN]
+    last = len(groups) - 1
     for number, group in enumerate(groups):
-        adding = isinstance(group[0], Add)
-        flags = add_flags if adding else DELETE_FLAGS
-        if number == len(groups) - 1:
+        if isinstance(group[0], Add):
+            kind, flags, elements = ADD_TYPE, add_flags, encode_additions(cast(list[Add], group))
+        else:
+            elements = encode_deletions(cast(list[Delete], group))
+            kind, flags = DELETE_TYPE, DELETE_FLAGS
+        if number == last:
             flags |= NLM_F_ACK
         requests.append(
-            encode_message(
-                ADD_TYPE if adding else DELETE_TYPE,
-                flags,
-                group[0].set_name,
-                encode_elements(group),
-                first_number + number,
-            )
+            encode_message(kind, flags, group[0].set_name, elements, first_number + number)
         )
-    return EncodedBatch(_BEGIN + b"".join(requests) + _END, first_number, groups)
+    requests.append(_END)
+    return EncodedBatch(b"".join(requests), first_number, groups)
 
 
-def _groups(changes: Sequence[ElementChange]) -> tuple[tuple[ElementChange, ...], ...]:
+def _groups(changes: Sequence[ElementChange], most_deletions: int) -> list[list[ElementChange]]:
     groups: list[list[ElementChange]] = []
+    group: list[ElementChange] = []
+    kind: type | None = None
+    set_name, room = "", 0
     for change in changes:
-        if (
-            groups
-            and isinstance(change, Add)
-            and isinstance(groups[-1][0], Add)
-            and groups[-1][0].set_name == change.set_name
-            and len(groups[-1]) < MAX_ELEMENTS
-        ):
-            groups[-1].append(change)
-        else:
-            groups.append([change])
-    return tuple(map(tuple, groups))
+        if not room or change[0] != set_name or type(change) is not kind:
+            kind, set_name = type(change), change[0]
+            room = MAX_ELEMENTS if kind is Add else most_deletions
+            group = []
+            groups.append(group)
+        group.append(change)
+        room -= 1
+    return groups

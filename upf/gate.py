@@ -1,36 +1,43 @@
 """The gate: lease-gated steering of one user plane function, enforced by its kernel.
 
-For each flow (UE, service) the gate knows which elements its lease calls for. An operation says
-what the flow should be next; the difference is sent as one atomic batch. Every element carries its
-lease's id and epoch, and a timeout that ends with the lease, whatever becomes of this process.
+For each flow (UE, service) the gate knows which elements its lease calls for (`flows`). An
+operation says what the flow should be next; the difference is sent as one atomic batch. Every
+element carries its lease's id and epoch, and a timeout that ends with the lease, whatever becomes
+of this process.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 
 from controlplane.enforcement import (
     Binding,
-    EndDrain,
     Enforced,
     EnforcementError,
-    Flow,
     Install,
     Move,
     Operation,
     Reconciliation,
-    Renew,
-    Revoke,
-    StaleEpochError,
     Usage,
 )
 from upf.config import GateConfig
 from upf.elements import Add, Counters, Delete
-from upf.expressions import u32
+from upf.flows import (
+    NO_LEASE,
+    ElementName,
+    FlowState,
+    LeaseElements,
+    Wanted,
+    comment_of,
+    flow_key,
+    holding,
+    next_state,
+    subject,
+)
+from upf.leases import adopted_flows, enforced_leases
 from upf.nft_socket import BatchError, NftSocket
-from upf.readback import Element, drop_counters, read_element, read_elements, table_comment
-from upf.schema import FAMILIES, Schema, ifname_key
+from upf.readback import drop_counters, look_up, read_element, table_comment
+from upf.schema import Schema
 
 NS_PER_MS = 1_000_000
 # A timeout counts from when the kernel handles the batch, at most this long after it was computed
@@ -42,42 +49,9 @@ MAX_FLOWS = 1_000  # in a batch of a reconciliation
 # A kernel timeout this close to what the journal says is the same deadline.
 SAME_DEADLINE_MS = 20
 
-ElementName = tuple[str, bytes]  # set, key
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What an element should be."""
-
-    data: bytes
-    comment: bytes
-    deadline_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class _FlowState:
-    """Which lease a flow has, and which older ones still drain: (binding, until)."""
-
-    binding: Binding | None
-    draining: tuple[tuple[Binding, int], ...]
-    epoch: int  # the highest ever seen (fencing)
-
-
-_NO_LEASE = _FlowState(None, (), 0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """An element to send; `replaces`: delete what is there first, and count on from `counters`."""
-
-    name: ElementName
-    wanted: _Wanted
-    replaces: bool
-    counters: Counters | None = None
-
 
 class Gate:
-    """Implements `controlplane.enforcement.Enforcer` on nftables."""
+    """The user plane on nftables; `upf.local` shows it to the control plane as an Enforcer."""
 
     def __init__(
         self,
@@ -98,15 +72,12 @@ class Gate:
         self._in_place_renewal = in_place_renewal
         self._clock = clock
         self._socket = NftSocket(netns_path, in_place_renewal=in_place_renewal)
-        self._flows: dict[Flow, _FlowState] = {}
-        self._anchors = {  # name -> mark and interface, as keys hold them
-            anchor.name: (u32(config.mark(anchor.name)), ifname_key(anchor.interface))
-            for anchor in config.anchors
-        }
+        self._flows: dict[bytes, FlowState] = {}  # by flow_key
+        self._elements = LeaseElements(config)
         schema = Schema(config)
         found = table_comment(self._socket)
         if found == schema.fingerprint():
-            self._adopt()
+            self._flows = adopted_flows(self._socket, config, self._clock())
         else:
             self._socket.commit_messages(schema.batch(replace=found is not None))
 
@@ -118,56 +89,96 @@ class Gate:
 
     def apply(self, operations: Sequence[Operation]) -> None:
         """Apply all operations in one atomic batch (see Enforcer)."""
-        states: dict[Flow, _FlowState] = {}
+        now = self._clock()
+        held = self._flows
+        states: dict[bytes, FlowState] = {}
         for operation in operations:
-            states |= dict(self._next_states(operation, states))
-        self._commit(states)
+            self._check(operation, now)
+            for flow in subject(operation).flows:
+                key = flow_key(flow)
+                state = states.get(key) or held.get(key, NO_LEASE)
+                states[key] = next_state(operation, state, now)
+        self._commit(states, now)
 
     def enforced(self) -> list[Enforced]:
-        """Read every live steering element back, with its lease's usage in both directions."""
-        entries = []
-        for family in FAMILIES:
-            answered: dict[tuple[bytes, bytes], Element] = {}
-            for element in read_elements(self._socket, family.name("return")):
-                answered[element.key[: 2 * family.address_bytes], element.comment] = element
-            for element in read_elements(self._socket, family.name("steer")):
-                downlink = answered.get((element.key, element.comment))
-                entries.append(self._enforced(element, downlink, family.address_bytes))
-        return entries
+        """Read every live lease back, by flow, with its usage in both directions."""
+        return enforced_leases(self._socket, self._config)
+
+    def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
+        """Return what the kernel has counted so far on these leases' own elements, by lease id.
+
+        Without an anchor only downlink packets are counted. What a later lease of the same flow
+        counts is not reported for an earlier one; a lease that drains has its downlink only.
+        """
+        names: list[ElementName] = []
+        owners: list[tuple[str, bytes]] = []
+        for binding in bindings:
+            owner = (binding.lease_id, comment_of(binding))
+            for flow in binding.flows:
+                found = self._elements.counting(flow_key(flow), binding)
+                names += found
+                owners += [owner] * len(found)
+        counts: dict[str, list[int]] = {}  # uplink packets and bytes, downlink packets and bytes
+        try:
+            elements = look_up(self._socket, names)
+        except (BatchError, OSError) as error:
+            raise EnforcementError(str(error)) from error
+        for (lease_id, comment), (set_name, _), element in zip(
+            owners, names, elements, strict=True
+        ):
+            if element is None or element.comment != comment:
+                continue
+            sums = counts.get(lease_id)
+            if sums is None:
+                sums = counts[lease_id] = [0, 0, 0, 0]
+            first = 0 if set_name.startswith("steer") else 2
+            sums[first] += element.packets
+            sums[first + 1] += element.bytes
+        return {
+            lease_id: Usage(
+                uplink_packets=sums[0],
+                uplink_bytes=sums[1],
+                downlink_packets=sums[2],
+                downlink_bytes=sums[3],
+            )
+            for lease_id, sums in counts.items()
+        }
 
     def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
         """Make the kernel hold exactly these bindings, with the time each has left."""
-        held = {(entry.flow, entry.lease_id): entry for entry in self.enforced()}
+        held = {(flow_key(entry.flow), entry.lease_id): entry for entry in self.enforced()}
         adopted: set[str] = set()
         installed: set[str] = set()
-        states: dict[Flow, _FlowState] = {}
-        known: set[Flow] = set()
+        states: dict[bytes, FlowState] = {}
+        known: set[bytes] = set()
         now = self._clock()
         for binding in live:
-            for flow in binding.flows:
-                known.add(flow)
-                entry = held.get((flow, binding.lease_id))
-                left_ms = (binding.expires_ns - now) // NS_PER_MS
+            left_ms = (binding.expires_ns - now) // NS_PER_MS
+            for key in map(flow_key, binding.flows):
+                known.add(key)
+                entry = held.get((key, binding.lease_id))
                 same = (
                     entry is not None
                     and (entry.anchor, entry.epoch) == (binding.anchor, binding.epoch)
                     and abs(entry.remaining_ms - left_ms) <= SAME_DEADLINE_MS
                 )
-                current = self._flows.get(flow, _NO_LEASE)
-                state = _FlowState(binding, current.draining, max(binding.epoch, current.epoch))
+                current = self._flows.get(key, NO_LEASE)
+                state = holding(binding, current.draining)
+                state = state._replace(epoch=max(binding.epoch, current.epoch))
                 if same:
-                    self._flows[flow] = state
+                    self._flows[key] = state
                     adopted.add(binding.lease_id)
                 else:
-                    states[flow] = state
+                    states[key] = state
                     installed.add(binding.lease_id)
-        strangers = {entry.lease_id for (flow, _), entry in held.items() if flow not in known}
-        for flow, state in self._flows.items():
-            if flow not in known and (state.binding or state.draining):
-                states[flow] = _FlowState(None, (), state.epoch)
-        flows = list(states)
-        for start in range(0, len(flows), MAX_FLOWS):
-            self._commit({flow: states[flow] for flow in flows[start : start + MAX_FLOWS]})
+        strangers = {lease_id for key, lease_id in held if key not in known}
+        for key, state in self._flows.items():
+            if key not in known and (state.binding or state.draining):
+                states[key] = FlowState(None, (), state.epoch)
+        keys = list(states)
+        for start in range(0, len(keys), MAX_FLOWS):
+            some = {key: states[key] for key in keys[start : start + MAX_FLOWS]}
+            self._commit(some, self._clock())
         return Reconciliation(
             adopted=tuple(sorted(adopted - installed)),
             installed=tuple(sorted(installed)),
@@ -178,205 +189,81 @@ class Gate:
         """Packets dropped so far, by reason."""
         return drop_counters(self._socket)
 
-    # From operations to flow states
-
-    def _next_states(
-        self, operation: Operation, pending: dict[Flow, _FlowState]
-    ) -> Iterator[tuple[Flow, _FlowState]]:
-        binding = operation.old if isinstance(operation, EndDrain) else _subject(operation)
-        for flow in binding.flows:
-            state = pending.get(flow) or self._flows.get(flow, _NO_LEASE)
-            yield flow, self._next_state(operation, state)
-
-    def _next_state(self, operation: Operation, state: _FlowState) -> _FlowState:
-        match operation:
-            case Install(new):
-                self._fence(new, state, at_least=state.epoch)
-                self._check(new)
-                return _FlowState(new, state.draining, new.epoch)
-            case Move(new, old, drain_until_ns):
-                self._fence(new, state, at_least=state.epoch + 1)
-                self._check(new)
-                until = min(drain_until_ns, old.expires_ns)
-                draining = tuple(
-                    (binding, end)
-                    for binding, end in state.draining
-                    if binding.anchor not in (old.anchor, new.anchor) and end > self._clock()
-                )
-                if old.anchor != new.anchor:
-                    draining += ((old, until),)
-                return _FlowState(new, draining, new.epoch)
-            case Renew(new):
-                self._fence(new, state, at_least=state.epoch)
-                return replace(state, binding=new)
-            case Revoke(old):
-                self._fence(old, state, at_least=state.epoch)
-                return _FlowState(None, (), state.epoch)
-            case EndDrain(old):
-                draining = tuple(
-                    (binding, end)
-                    for binding, end in state.draining
-                    if binding.lease_id != old.lease_id
-                )
-                return replace(state, draining=draining)
-
-    def _fence(self, binding: Binding, state: _FlowState, *, at_least: int) -> None:
-        if binding.epoch < at_least:
-            raise StaleEpochError(
-                f"lease {binding.lease_id} has epoch {binding.epoch}; the gate is at {state.epoch}"
-            )
-
-    def _check(self, binding: Binding) -> None:
-        if binding.anchor not in self._anchors:
-            raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
-        if binding.expires_ns - self._clock() <= GUARD_MS * NS_PER_MS:
-            raise EnforcementError(f"lease {binding.lease_id} is over before the gate could open")
-
     # From flow states to elements
 
-    def _elements(self, flow: Flow, state: _FlowState) -> dict[ElementName, _Wanted]:
-        version = flow.ue.version
-        pair = flow.ue.packed + flow.service.packed
-        elements: dict[ElementName, _Wanted] = {}
-        for binding, until in state.draining:
-            comment, (mark, port) = _comment(binding), self._anchors[binding.anchor]
-            elements[f"return{version}", pair + port] = _Wanted(b"", comment, until)
-            pinned = (f"drain{version}", pair + mark)
-            elements[pinned] = _Wanted(b"", comment, until)
-        if state.binding is not None:
-            binding = state.binding
-            comment, until = _comment(binding), binding.expires_ns
-            mark, port = self._anchors[binding.anchor]
-            elements[f"steer{version}", pair] = _Wanted(mark, comment, until)
-            elements[f"return{version}", pair + port] = _Wanted(b"", comment, until)
-            class_id = self._config.qos_classes.get(binding.qos_profile)
-            if class_id is not None:
-                elements[f"qos{version}", pair] = _Wanted(u32(class_id), comment, until)
-        return elements
+    def _check(self, operation: Operation, now_ns: int) -> None:
+        self._elements.check(operation)
+        if isinstance(operation, (Install, Move)):
+            binding = subject(operation)
+            if binding.expires_ns - now_ns <= GUARD_MS * NS_PER_MS:
+                raise EnforcementError(
+                    f"lease {binding.lease_id} is over before the gate could open"
+                )
 
-    def _commit(self, states: dict[Flow, _FlowState]) -> None:
+    def _commit(self, states: dict[bytes, FlowState], now_ns: int) -> None:
         """Send the difference between what is and what should be as one batch."""
-        now = self._clock()
-        gone: list[ElementName] = []
-        changes: list[_Change] = []
-        for flow, state in states.items():
-            before = self._elements(flow, self._flows.get(flow, _NO_LEASE))
-            before = {name: is_ for name, is_ in before.items() if is_.deadline_ns > now}
-            after = self._elements(flow, state)
-            gone += before.keys() - after.keys()
-            changes += [
-                self._change(name, before.get(name), wanted)
-                for name, wanted in after.items()
-                if before.get(name) != wanted
-            ]
+        elements_of = self._elements.of
+        changes: list[Wanted] = []
+        deletes: list[ElementName] = []
+        for key, state in states.items():
+            current = self._flows.get(key, NO_LEASE)
+            after = elements_of(key, state)
+            if current.binding is None and not current.draining:
+                changes += after
+                continue
+            before = {is_[:2]: is_ for is_ in elements_of(key, current) if is_[4] > now_ns}
+            for wanted in after:
+                is_ = before.pop(wanted[:2], None)
+                if is_ is None:
+                    changes.append(wanted)
+                elif is_ != wanted:
+                    changes.append(self._changed(is_, wanted, deletes))
+            deletes += before
         try:
-            self._send(gone, changes)
+            self._send(deletes, changes)
         except (BatchError, OSError) as error:
             raise EnforcementError(str(error)) from error
         self._flows.update(states)
 
-    def _change(self, name: ElementName, current: _Wanted | None, wanted: _Wanted) -> _Change:
-        """Decide how an element becomes what is wanted; `current`: what it is, if it lives."""
-        if current is None:
-            return _Change(name, wanted, replaces=False)
-        if (current.data, current.comment) != (wanted.data, wanted.comment):
-            return _Change(name, wanted, replaces=True)
-        if self._in_place_renewal:
-            return _Change(name, wanted, replaces=False)
-        found = read_element(self._socket, *name)
-        counters = Counters(found.packets, found.bytes) if found and found.counted else None
-        return _Change(name, wanted, replaces=True, counters=counters)
+    def _changed(self, is_: Wanted, wanted: Wanted, deletes: list[ElementName]) -> Wanted:
+        """Return what to add so that a live element becomes what is wanted.
 
-    def _send(self, gone: list[ElementName], changes: list[_Change]) -> None:
+        If it must go first it is appended to `deletes`; a renewed one then counts on from where
+        it was.
+        """
+        set_name, key, data, comment, deadline_ns, counters = wanted
+        if is_[2:4] != (data, comment):
+            deletes.append((set_name, key))
+        elif not self._in_place_renewal:
+            deletes.append((set_name, key))
+            found = read_element(self._socket, set_name, key)
+            if found is not None and found.counted:
+                counters = Counters(found.packets, found.bytes)
+        return (set_name, key, data, comment, deadline_ns, counters)
+
+    def _send(self, deletes: list[ElementName], changes: list[Wanted]) -> None:
         """Send one batch. If it began to count too late to end in time, correct it at once."""
-        changes.sort(key=lambda change: change.name[0])  # neighbours of one set share a request
+        deletes.sort(key=itemgetter(0))  # neighbours of one set share a request
+        changes.sort(key=itemgetter(0))
         least_ms = GUARD_MS + len(changes) // ELEMENTS_PER_GUARD_MS
         for doublings in range(MAX_TRIES):
             guard_ms = least_ms << doublings
             computed_ns = self._clock()
-            deletes = [Delete(*name) for name in gone]
-            adds = []
-            for change in changes:
-                name, wanted = change.name, change.wanted
-                timeout_ms = (wanted.deadline_ns - computed_ns) // NS_PER_MS - guard_ms
-                if change.replaces or timeout_ms <= 0:
-                    deletes.append(Delete(*name))
+            ends_ns = computed_ns + guard_ms * NS_PER_MS
+            adds: list[Add] = []
+            over: list[ElementName] = []
+            for set_name, key, data, comment, deadline_ns, counters in changes:
+                timeout_ms = (deadline_ns - ends_ns) // NS_PER_MS
                 if timeout_ms > 0:
-                    adds.append(
-                        Add(*name, timeout_ms, wanted.data, wanted.comment, change.counters)
-                    )
-            self._socket.commit([*deletes, *adds])
-            if not changes or self._clock() - computed_ns <= guard_ms * NS_PER_MS:
+                    adds.append(Add(set_name, key, timeout_ms, data, comment, counters))
+                else:
+                    over.append((set_name, key))
+            if over:
+                deletes = list(dict.fromkeys(deletes + over))
+            self._socket.commit([*(Delete(*name) for name in deletes), *adds])
+            if not changes or self._clock() <= ends_ns:
                 return
-            gone = []
-            changes = [self._change(c.name, c.wanted, c.wanted) for c in changes]
-        self._socket.commit([Delete(*change.name) for change in changes])  # fail closed
+            deletes = []
+            changes = [self._changed(wanted, wanted, deletes) for wanted in changes]
+        self._socket.commit([Delete(*wanted[:2]) for wanted in changes])  # fail closed
         raise EnforcementError("this machine is too slow to time a lease")
-
-    # Back from the kernel
-
-    def _enforced(self, steer: Element, downlink: Element | None, size: int) -> Enforced:
-        lease_id, epoch = _parse_comment(steer.comment)
-        return Enforced(
-            lease_id=lease_id,
-            epoch=epoch,
-            flow=Flow(ip_address(steer.key[:size]), ip_address(steer.key[size:])),
-            anchor=self._config.anchor(steer.mark),
-            remaining_ms=steer.remaining_ms,
-            usage=Usage(
-                uplink_packets=steer.packets,
-                uplink_bytes=steer.bytes,
-                downlink_packets=downlink.packets if downlink else 0,
-                downlink_bytes=downlink.bytes if downlink else 0,
-            ),
-        )
-
-    def _adopt(self) -> None:
-        """Learn flows, epochs and drains from the live elements of an earlier process."""
-        now = self._clock()
-        ports = {ifname_key(anchor.interface): anchor.name for anchor in self._config.anchors}
-        for family in FAMILIES:
-            size = family.address_bytes
-            found: dict[Flow, _FlowState] = {}
-            for element in read_elements(self._socket, family.name("steer")):
-                binding = _binding(element, size, self._config.anchor(element.mark), now)
-                found[binding.flows[0]] = _FlowState(binding, (), binding.epoch)
-            for element in read_elements(self._socket, family.name("return")):
-                anchor = ports.get(element.key[2 * size :])
-                if anchor is None:
-                    continue
-                binding = _binding(element, size, anchor, now)
-                state = found.get(binding.flows[0], _NO_LEASE)
-                if state.binding and state.binding.lease_id == binding.lease_id:
-                    continue
-                found[binding.flows[0]] = _FlowState(
-                    state.binding,
-                    (*state.draining, (binding, binding.expires_ns)),
-                    max(state.epoch, binding.epoch),
-                )
-            self._flows.update(found)
-
-
-def _binding(element: Element, size: int, anchor: str, now_ns: int) -> Binding:
-    lease_id, epoch = _parse_comment(element.comment)
-    return Binding(
-        lease_id=lease_id,
-        epoch=epoch,
-        flows=(Flow(ip_address(element.key[:size]), ip_address(element.key[size : 2 * size])),),
-        anchor=anchor,
-        qos_profile="",
-        expires_ns=now_ns + element.remaining_ms * NS_PER_MS,
-    )
-
-
-def _subject(operation: Install | Move | Renew | Revoke) -> Binding:
-    return operation.new if isinstance(operation, Move) else operation.binding
-
-
-def _comment(binding: Binding) -> bytes:
-    return f"{binding.lease_id} {binding.epoch}".encode()
-
-
-def _parse_comment(comment: bytes) -> tuple[str, int]:
-    lease_id, _, epoch = comment.decode(errors="replace").rpartition(" ")
-    return lease_id, int(epoch) if epoch.isdigit() else 0

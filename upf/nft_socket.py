@@ -8,18 +8,21 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
+from pyroute2.netlink import NLM_F_DUMP, NLM_F_REQUEST
 
+from upf.attributes import NLMSG
 from upf.elements import (
     ADD_FLAGS,
     ADD_NEW_FLAGS,
+    ADD_TYPE,
     Delete,
     ElementChange,
-    EncodedBatch,
     encode_batch,
+    encode_dump,
+    encode_look_up,
 )
 from upf.messages import Message
 from upf.netns import in_namespace
@@ -32,11 +35,12 @@ SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33
 BUFFER_BYTES = 16 << 20
 RECEIVE_BYTES = 1 << 18
 MAX_TRIES = 10
+MAX_QUERIES = 512  # in one send: their answers must find room in the receive buffer
 # The kernel answers while it handles the send; an answer that is not there by then never comes.
-ANSWER_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5
 
-_HEADER = struct.Struct("=IHHII")
 _ERROR = struct.Struct("=i")
+_TIMEVAL = struct.Struct("@ll")
 
 
 class BatchError(Exception):
@@ -57,6 +61,7 @@ class NftSocket:
     def __init__(self, netns_path: str, *, in_place_renewal: bool) -> None:
         self._add_flags = ADD_FLAGS if in_place_renewal else ADD_NEW_FLAGS
         self._socket = in_namespace(netns_path, _open)
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._next_number = 1
 
     def close(self) -> None:
@@ -70,28 +75,35 @@ class NftSocket:
         know to the tick when an element expires. When this returns the kernel has acknowledged.
         Raises BatchError if it refused.
         """
-        batch = self._encode(changes)
+        deletions_alone = False
         for _ in range(MAX_TRIES):
-            if not batch.groups:
+            if not changes:
+                return
+            batch = encode_batch(
+                changes,
+                self._number(len(changes)),
+                self._add_flags,
+                deletions_alone=deletions_alone,
+            )
+            codes = self._exchange(batch.data, batch.first_number, len(batch.groups))
+            if not any(codes):
                 return
             corrected: list[ElementChange] = []
-            refused = 0
-            codes = self._exchange(batch.data, batch.first_number, len(batch.groups))
             for group, code in zip(batch.groups, codes, strict=True):
                 if code == errno.ENOENT and isinstance(group[0], Delete):
-                    pass  # it expired meanwhile
+                    deletions_alone = True
+                    if len(group) > 1:  # one of these has expired meanwhile
+                        corrected += group
                 elif code == errno.EEXIST:  # one of these has not expired yet
                     corrected += [Delete(change.set_name, change.key) for change in group]
                     corrected += group
+                    deletions_alone = True  # and the others have
                 elif code:
                     verb = type(group[0]).__name__.lower()
                     raise BatchError(code, f"to {verb} an element of {group[0].set_name}")
                 else:
                     corrected += group
-                refused += code != 0
-            if not refused:
-                return
-            batch = self._encode(corrected)
+            changes = corrected
         raise BatchError(errno.EAGAIN, "every try of a batch")
 
     def commit_messages(self, messages: Sequence[Message]) -> None:
@@ -108,21 +120,43 @@ class NftSocket:
             if code:
                 raise BatchError(code, f"{type(message).__name__} {message['attrs'][:2]}")
 
-    def get(self, message: Message, *, dump: bool) -> list[Any]:
-        """Send one pyroute2 query and return the decoded answers; no answer if there is no such."""
-        for _ in range(MAX_TRIES):
-            number = self._number(1)
-            message["header"]["sequence_number"] = number
-            message["header"]["flags"] = NLM_F_REQUEST | (NLM_F_DUMP if dump else NLM_F_ACK)
-            message.encode()
-            self._socket.send(message.data)
-            answers = self._collect(number, type(message))
-            if answers is not None:
-                return answers
-        raise OSError(errno.EAGAIN, "the ruleset changed during every try to read it")
+    def dump(self, message: Message) -> list[Any]:
+        """Send one pyroute2 query for all there are of a kind and return the decoded answers."""
+        message["header"]["flags"] = NLM_F_REQUEST | NLM_F_DUMP
+        decoded = []
+        for data in self._dump(lambda number: _numbered(message, number)):
+            answer = type(message)(data)
+            answer.decode()
+            decoded.append(answer)
+        return decoded
 
-    def _encode(self, changes: Sequence[ElementChange]) -> EncodedBatch:
-        return encode_batch(changes, self._number(len(changes)), self._add_flags)
+    def dump_elements(self, set_name: str) -> list[bytes]:
+        """Return the kernel's messages with all elements of a set."""
+        return self._dump(lambda number: encode_dump(set_name, number))
+
+    def look_up(self, names: Sequence[tuple[str, bytes]]) -> list[bytes | None]:
+        """Return the kernel's message about each element (set, key); None if there is no such.
+
+        Each has a request of its own, for one that fails ends its request: many of them in one
+        send, answered in their order.
+        """
+        answers: list[bytes | None] = []
+        for start in range(0, len(names), MAX_QUERIES):
+            chunk = names[start : start + MAX_QUERIES]
+            number = self._number(1)
+            self._socket.send(encode_look_up(chunk, number))
+            while len(answers) < start + len(chunk):
+                for kind, _, found, data in self._receive():
+                    if found != number:
+                        continue
+                    if kind == ADD_TYPE:
+                        answers.append(data)
+                    elif kind == NLMSG_ERROR:
+                        code = _error_code(data)
+                        if code != errno.ENOENT:
+                            raise BatchError(code, "to look up an element")
+                        answers.append(None)
+        return answers
 
     def _number(self, count: int) -> int:
         first = self._next_number
@@ -137,41 +171,62 @@ class NftSocket:
         self._socket.send(data)
         codes: dict[int, int] = {}
         while first + count - 1 not in codes:
-            answer = self._socket.recv(RECEIVE_BYTES)
-            offset = 0
-            while offset + _HEADER.size <= len(answer):
-                length, kind, _, number, _ = _HEADER.unpack_from(answer, offset)
+            for kind, _, number, answer in self._receive():
                 if kind == NLMSG_ERROR:
-                    code = -_ERROR.unpack_from(answer, offset + _HEADER.size)[0]
+                    code = _error_code(answer)
                     if first <= number < first + count:
                         codes[number] = code
                     elif number == 0 and code:  # begin or end: the batch as a whole
                         raise BatchError(code, "the batch")
-                offset += (length + 3) & ~3
         return [codes.get(number, 0) for number in range(first, first + count)]
 
-    def _collect(self, wanted: int, kind: type) -> list[Any] | None:
+    def _dump(self, request: Callable[[int], bytes]) -> list[bytes]:
+        """Send a query, given its number, and return all messages of its answer."""
+        for _ in range(MAX_TRIES):
+            number = self._number(1)
+            self._socket.send(request(number))
+            answers = self._collect(number)
+            if answers is not None:
+                return answers
+        raise OSError(errno.EAGAIN, "the ruleset changed during every try to read it")
+
+    def _collect(self, wanted: int) -> list[bytes] | None:
         """Receive the answers to one query; None if the kernel says they are inconsistent."""
-        answers: list[Any] = []
+        answers: list[bytes] = []
         consistent = True
         while True:
-            data = self._socket.recv(RECEIVE_BYTES)
-            offset = 0
-            while offset + _HEADER.size <= len(data):
-                length, message_type, flags, number, _ = _HEADER.unpack_from(data, offset)
-                if number == wanted:
-                    consistent = consistent and not flags & NLM_F_DUMP_INTR
-                    if message_type == NLMSG_DONE:
-                        return answers if consistent else None
-                    if message_type == NLMSG_ERROR:
-                        code = -_ERROR.unpack_from(data, offset + _HEADER.size)[0]
-                        if code in (0, errno.ENOENT):
-                            return answers
-                        raise BatchError(code, "a query")
-                    answer = kind(data[offset : offset + length])
-                    answer.decode()
-                    answers.append(answer)
-                offset += (length + 3) & ~3
+            for kind, flags, number, data in self._receive():
+                if number != wanted:
+                    continue
+                consistent = consistent and not flags & NLM_F_DUMP_INTR
+                if kind == NLMSG_DONE:
+                    return answers if consistent else None
+                if kind == NLMSG_ERROR:
+                    code = _error_code(data)
+                    if code == errno.ENOENT:
+                        return answers
+                    raise BatchError(code, "a query")
+                answers.append(data)
+
+    def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """Receive once: the type, flags and number of each message, and all of its bytes."""
+        buffer = self._buffer
+        received = self._socket.recv_into(buffer)
+        offset = 0
+        while offset + NLMSG.size <= received:
+            length, kind, flags, number, _ = NLMSG.unpack_from(buffer, offset)
+            yield kind, flags, number, bytes(buffer[offset : offset + length])
+            offset += (length + 3) & ~3
+
+
+def _numbered(message: Message, number: int) -> bytes:
+    message["header"]["sequence_number"] = number
+    message.encode()
+    return bytes(message.data)
+
+
+def _error_code(answer: bytes) -> int:
+    return -int(_ERROR.unpack_from(answer, NLMSG.size)[0])
 
 
 def _open() -> socket.socket:
@@ -181,6 +236,7 @@ def _open() -> socket.socket:
     handle.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
     for option in (SO_RCVBUFFORCE, SO_SNDBUFFORCE):
         handle.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
-    handle.settimeout(ANSWER_TIMEOUT_S)
+    # In the kernel; Python's own time-out costs a poll before every call.
+    handle.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(ANSWER_TIMEOUT_S, 0))
     handle.bind((0, 0))
     return handle

@@ -1,76 +1,68 @@
 """Reads the gate's table back from the kernel."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from pyroute2.netlink import NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink.nftsocket import (
     NFT_MSG_GETRULE,
-    NFT_MSG_GETSETELEM,
     NFT_MSG_GETTABLE,
     nft_rule_msg,
     nft_set_elem_list_msg,
     nft_table_msg,
 )
 
-from upf.messages import TABLE, element_message, key_attribute, message
+from upf.answers import Element, ElementDecoder
+from upf.messages import TABLE, message
 from upf.nft_socket import NftSocket
 from upf.schema import DROP_REASONS
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Element:
-    """One element of a set or map, with what the kernel counted on it."""
-
-    key: bytes
-    mark: int
-    comment: bytes
-    remaining_ms: int
-    counted: bool
-    packets: int
-    bytes: int
+ElementName = tuple[str, bytes]  # set, key
+_decoder = lru_cache(maxsize=64)(ElementDecoder)
 
 
 def table_comment(socket: NftSocket) -> str | None:
     """Return the comment of the gate's table; None if there is no such table."""
-    for table in _query(socket, nft_table_msg, NFT_MSG_GETTABLE, dump=True):
+    for table in socket.dump(message(nft_table_msg, NFT_MSG_GETTABLE, flags=NLM_F_REQUEST)):
         if table.get_attr("NFTA_TABLE_NAME") == TABLE:
             comment = table.get_attr("NFTA_TABLE_USERDATA")
             return comment if isinstance(comment, str) else ""
     return None
 
 
-def read_elements(socket: NftSocket, set_name: str) -> Iterator[Element]:
+def read_elements(socket: NftSocket, set_name: str) -> list[Element]:
     """Dump a set."""
-    answers = _query(
-        socket,
-        nft_set_elem_list_msg,
-        NFT_MSG_GETSETELEM,
-        dump=True,
-        NFTA_SET_ELEM_LIST_TABLE=TABLE,
-        NFTA_SET_ELEM_LIST_SET=set_name,
-    )
-    yield from _decoded(answers)
+    decoder = _decoder(set_name)
+    answers = socket.dump_elements(set_name)
+    return [element for answer in answers for element in _decoded(answer, decoder)]
+
+
+def look_up(socket: NftSocket, names: Sequence[ElementName]) -> list[Element | None]:
+    """Read single elements; None for each that is not there (any more)."""
+    return [
+        _decoded(answer, _decoder(set_name))[0] if answer else None
+        for (set_name, _), answer in zip(names, socket.look_up(names), strict=True)
+    ]
 
 
 def read_element(socket: NftSocket, set_name: str, key: bytes) -> Element | None:
     """Read one element; None if it is not there (any more)."""
-    query = element_message(NFT_MSG_GETSETELEM, set_name, [{"attrs": [key_attribute(key)]}])
-    return next(_decoded(socket.get(query, dump=False)), None)
+    return look_up(socket, [(set_name, key)])[0]
 
 
 def drop_counters(socket: NftSocket) -> dict[str, int]:
     """Return packets dropped, by reason: each reason is a chain of one counting rule."""
     drops = {}
     for reason in DROP_REASONS:
-        for rule in _query(
-            socket,
-            nft_rule_msg,
-            NFT_MSG_GETRULE,
-            dump=True,
-            NFTA_RULE_TABLE=TABLE,
-            NFTA_RULE_CHAIN=reason,
+        for rule in socket.dump(
+            message(
+                nft_rule_msg,
+                NFT_MSG_GETRULE,
+                flags=NLM_F_REQUEST,
+                NFTA_RULE_TABLE=TABLE,
+                NFTA_RULE_CHAIN=reason,
+            )
         ):
             for expression in rule.get_attr("NFTA_RULE_EXPRESSIONS"):
                 if expression.get_attr("NFTA_EXPR_NAME") == "counter":
@@ -79,35 +71,39 @@ def drop_counters(socket: NftSocket) -> dict[str, int]:
     return drops
 
 
-def _query(
-    socket: NftSocket, kind: type, number: int, *, dump: bool, **attributes: Any
-) -> list[Any]:
-    return socket.get(message(kind, number, flags=NLM_F_REQUEST, **attributes), dump=dump)
+def _decoded(answer: bytes, decoder: ElementDecoder) -> list[Element]:
+    elements = decoder.decode(answer)
+    return decode_with_pyroute2(answer) if elements is None else elements
 
 
-def _decoded(answers: list[Any]) -> Iterator[Element]:
-    for answer in answers:
-        for item in answer.get_attr("NFTA_SET_ELEM_LIST_ELEMENTS") or ():
-            data = item.get_attr("NFTA_SET_ELEM_DATA")
-            value = data.get_attr("NFTA_DATA_VALUE") if data else b""
-            packets = octets = 0
-            counted = False
-            expression = item.get_attr("NFTA_SET_ELEM_EXPR")
-            if expression is not None and expression.get_attr("NFTA_EXPR_NAME") == "counter":
-                counts = expression.get_attr("NFTA_EXPR_DATA")
-                packets = counts.get_attr("NFTA_COUNTER_PACKETS")
-                octets = counts.get_attr("NFTA_COUNTER_BYTES")
-                counted = True
-            comment = b""
-            for name, text in item.get_attr("NFTA_SET_ELEM_USERDATA") or ():
-                if name == "NFTNL_UDATA_SET_ELEM_COMMENT":
-                    comment = bytes(text)
-            yield Element(
+def decode_with_pyroute2(answer: bytes) -> list[Element]:
+    """Decode one message about elements of any shape."""
+    decoded: Any = nft_set_elem_list_msg(answer)
+    decoded.decode()
+    elements = []
+    for item in decoded.get_attr("NFTA_SET_ELEM_LIST_ELEMENTS") or ():
+        data = item.get_attr("NFTA_SET_ELEM_DATA")
+        packets = octets = 0
+        counted = False
+        expression = item.get_attr("NFTA_SET_ELEM_EXPR")
+        if expression is not None and expression.get_attr("NFTA_EXPR_NAME") == "counter":
+            counts = expression.get_attr("NFTA_EXPR_DATA")
+            packets = counts.get_attr("NFTA_COUNTER_PACKETS")
+            octets = counts.get_attr("NFTA_COUNTER_BYTES")
+            counted = True
+        comment = b""
+        for name, text in item.get_attr("NFTA_SET_ELEM_USERDATA") or ():
+            if name == "NFTNL_UDATA_SET_ELEM_COMMENT":
+                comment = bytes(text)
+        elements.append(
+            Element(
                 key=bytes(item.get_attr("NFTA_SET_ELEM_KEY").get_attr("NFTA_DATA_VALUE")),
-                mark=int.from_bytes(value, "little") if value else 0,
+                data=bytes(data.get_attr("NFTA_DATA_VALUE")) if data else b"",
                 comment=comment,
                 remaining_ms=item.get_attr("NFTA_SET_ELEM_EXPIRATION") or 0,
                 counted=counted,
                 packets=packets,
                 bytes=octets,
             )
+        )
+    return elements

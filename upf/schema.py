@@ -41,7 +41,7 @@ from upf.config import MARK_BASE, MARK_MASK, GateConfig
 from upf.expressions import Expression
 from upf.messages import TABLE, Message, batch, element_message, key_attribute, message
 
-VERSION = 3
+VERSION = 4
 DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
 
 PREROUTING, FORWARD = 0, 2
@@ -316,7 +316,7 @@ class Schema:
             yield "forward", [*proto, nft.goto(family.name("forward"))]
             yield from self._gate_rules(family)
             yield from self._tcp_rules(family)
-            yield from self._forward_rules(family, services)
+            yield from self._forward_rules(family, ues)
 
     def _gate_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
         """What is not TCP is decided here, by the lease alone, and stays out of conntrack."""
@@ -356,16 +356,18 @@ class Schema:
         yield downlink, [nft.goto("no_lease_downlink")]
 
     def _forward_rules(
-        self, family: Family, services: IPv4Network | IPv6Network
+        self, family: Family, ues: IPv4Network | IPv6Network
     ) -> Iterator[tuple[str, list[Expression]]]:
-        """Nothing with a foreign source leaves N3; what a lease answers gets its QoS class."""
+        """Nothing with a foreign source leaves N3; what a lease is about gets its QoS class.
+
+        Whoever sends to a UE may be the server of a lease of QoS alone.
+        """
         forward = family.name("forward")
         not_its_own = nft.in_set(family.name("access"), absent=True)
         spoofed = [*_iif_in("n3"), *_key(family, "iifname", "saddr"), not_its_own]
         yield forward, [*spoofed, nft.goto("spoofed_source")]
         qos = [*_key(family, "daddr", "saddr"), nft.from_map(family.name("qos"))]
-        answer = _within(family, "saddr", services)
-        yield forward, [*answer, *qos, nft.meta_set(nft.META_PRIORITY)]
+        yield forward, [*_within(family, "daddr", ues), *qos, nft.meta_set(nft.META_PRIORITY)]
 
 
 _NOT_TCP = [

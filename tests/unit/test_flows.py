@@ -1,0 +1,145 @@
+"""What the gate wants of the kernel keeps the invariants, whatever operations come."""
+
+from ipaddress import IPv4Address, IPv6Address
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from controlplane.enforcement import (
+    Binding,
+    EndDrain,
+    EnforcementError,
+    Flow,
+    Install,
+    Move,
+    Operation,
+    Renew,
+    Revoke,
+    StaleEpochError,
+)
+from upf.config import AnchorPort, GateConfig
+from upf.flows import NO_LEASE, LeaseElements, comment_of, flow_key, next_state, parse_comment
+
+FLOW = Flow(IPv4Address("10.45.0.1"), IPv4Address("198.18.0.1"))
+FLOW6 = Flow(IPv6Address("fd00:45::1"), IPv6Address("fd00:a151::1"))
+KEY = flow_key(FLOW)
+# b and c stand behind one interface.
+PORTS = {"a": "n6-a", "b": "n6-bc", "c": "n6-bc"}
+CONFIG = GateConfig(
+    n3_interfaces=("n3",),
+    anchors=tuple(
+        AnchorPort(
+            name=name,
+            interface=interface,
+            address4=IPv4Address("10.47.0.2"),
+            address6=IPv6Address("fd00:47::2"),
+        )
+        for name, interface in PORTS.items()
+    ),
+    attachments=(),
+    qos_classes={"GOLD": 0x10020},
+)
+ELEMENTS = LeaseElements(CONFIG)
+
+
+def binding(
+    epoch: int, anchor: str | None, expires_ns: int = 1_000, qos_profile: str = "GOLD"
+) -> Binding:
+    return Binding(
+        lease_id=f"{epoch:04x}",
+        epoch=epoch,
+        flows=(FLOW,),
+        anchor=anchor,
+        qos_profile=qos_profile,
+        expires_ns=expires_ns,
+    )
+
+
+BINDINGS = st.builds(
+    binding,
+    st.integers(1, 6),
+    st.sampled_from(["a", "b", "c", None]),
+    st.integers(1, 1_000),
+    st.sampled_from(["GOLD", "NONE"]),
+)
+ANCHORED = BINDINGS.filter(lambda each: each.anchor is not None)
+OPERATIONS = st.one_of(
+    st.builds(Install, BINDINGS),
+    st.builds(Move, ANCHORED, ANCHORED, st.integers(1, 1_500)),
+    st.builds(Renew, BINDINGS),
+    st.builds(Revoke, BINDINGS),
+    st.builds(EndDrain, ANCHORED),
+)
+
+
+@given(st.lists(st.tuples(OPERATIONS, st.integers(0, 50)), max_size=20))
+def test_every_element_belongs_to_a_lease_and_ends_with_it(
+    steps: list[tuple[Operation, int]],
+) -> None:
+    state, now = NO_LEASE, 0
+    ends: dict[bytes, int] = {}  # comment -> the latest that any operation allowed
+    for operation, pause in steps:
+        now += pause
+        ELEMENTS.check(operation)
+        named = (operation.new, operation.old) if isinstance(operation, Move) else ()
+        for each in named or (getattr(operation, "binding", None),):
+            if each is not None:
+                comment = comment_of(each)
+                ends[comment] = max(ends.get(comment, 0), each.expires_ns)
+        try:
+            after = next_state(operation, state, now)
+        except StaleEpochError:
+            assert not isinstance(operation, EndDrain)
+            continue
+        assert after.epoch >= state.epoch
+        state = after
+        elements = ELEMENTS.of(KEY, state)
+        assert len({wanted[:2] for wanted in elements}) == len(elements)
+        for _, key, _, comment, deadline_ns, _ in elements:
+            assert key.startswith(KEY)
+            assert deadline_ns <= ends[comment]
+        held = state.binding
+        by_set: dict[str, list[bytes]] = {}
+        for set_name, _, _, comment, _, _ in elements:
+            by_set.setdefault(set_name, []).append(comment)
+        steered = held is not None and held.anchor is not None
+        prioritised = held is not None and (held.anchor is None or held.qos_profile == "GOLD")
+        assert by_set.get("steer4", []) == ([comment_of(held)] if held and steered else [])
+        assert by_set.get("qos4", []) == ([comment_of(held)] if held and prioritised else [])
+        assert all(held is None or drain[0].anchor != held.anchor for drain in state.draining)
+        if isinstance(operation, Revoke):
+            assert elements == []
+
+
+def test_a_drain_that_is_over_is_forgotten() -> None:
+    """Else every later operation would delete what the kernel has long ended."""
+    moved = next_state(Move(binding(2, "b"), binding(1, "a"), 100), NO_LEASE, 0)
+    assert len(moved.draining) == 1
+    assert next_state(Renew(binding(2, "b")), moved, 99).draining == moved.draining
+    assert next_state(Renew(binding(2, "b")), moved, 100).draining == ()
+
+
+@pytest.mark.parametrize(("old", "new"), [("a", None), (None, "a"), (None, None)])
+def test_nothing_moves_without_anchors(old: str | None, new: str | None) -> None:
+    with pytest.raises(EnforcementError, match="without anchors"):
+        ELEMENTS.check(Move(binding(2, new), binding(1, old), 100))
+
+
+@pytest.mark.parametrize("profile", ["GOLD", "NONE"])
+def test_a_lease_of_qos_alone_is_one_element_that_counts(profile: str) -> None:
+    lease = binding(1, None, qos_profile=profile)
+    state = next_state(Install(lease), NO_LEASE, 0)
+    ((set_name, key, data, comment, deadline_ns, counters),) = ELEMENTS.of(KEY, state)
+    assert (set_name, key, deadline_ns) == ("qos4", KEY, lease.expires_ns)
+    assert int.from_bytes(data, "little") == (0x10020 if profile == "GOLD" else 0)
+    assert parse_comment(comment) == (lease.lease_id, 1)
+    assert counters is not None
+    assert ELEMENTS.counting(KEY, lease) == ((set_name, key),)
+
+
+def test_families_have_sets_of_their_own() -> None:
+    for flow, suffix in ((FLOW, "4"), (FLOW6, "6")):
+        state = next_state(Install(binding(1, "a")), NO_LEASE, 0)
+        names = [wanted[0] for wanted in ELEMENTS.of(flow_key(flow), state)]
+        assert names == [f"{stem}{suffix}" for stem in ("steer", "return", "qos")]

@@ -1,0 +1,178 @@
+"""What a flow should be in the kernel: which lease it has, and the elements that calls for.
+
+A flow is one UE and one service (or server), known here by its key: both addresses. An operation
+says what a flow should be next. Everything here is pure: no I/O, and the time is an argument.
+"""
+
+from typing import NamedTuple
+
+from controlplane.enforcement import (
+    Binding,
+    EndDrain,
+    EnforcementError,
+    Flow,
+    Install,
+    Move,
+    Operation,
+    Renew,
+    Revoke,
+    StaleEpochError,
+)
+from upf.config import GateConfig
+from upf.elements import Counters
+from upf.expressions import u32
+from upf.schema import FAMILIES, ifname_key
+
+NO_CLASS = u32(0)  # tc class id of what has no class of its own
+FROM_ZERO = Counters(0, 0)
+
+ElementName = tuple[str, bytes]  # set, key
+Draining = tuple[tuple[Binding, int], ...]  # a lease that was moved away from, and until when
+
+
+class FlowState(NamedTuple):
+    """Which lease a flow has, and which older ones still drain."""
+
+    binding: Binding | None
+    draining: Draining
+    epoch: int  # the highest ever seen (fencing)
+
+
+NO_LEASE = FlowState(None, (), 0)
+
+
+# What an element should be: set, key, data, comment, deadline (CLOCK_MONOTONIC, ns), and counters
+# to start from if it has them of its own. A bare tuple: six of them a lease, on the hot path.
+Wanted = tuple[str, bytes, bytes, bytes, int, Counters | None]
+
+
+def flow_key(flow: Flow) -> bytes:
+    """Return what the keys of a flow's elements begin with."""
+    return flow.ue.packed + flow.service.packed
+
+
+def comment_of(binding: Binding) -> bytes:
+    """Return the comment of a lease's elements."""
+    return f"{binding.lease_id} {binding.epoch}".encode()
+
+
+def parse_comment(comment: bytes) -> tuple[str, int]:
+    """Return lease id and epoch."""
+    lease_id, _, epoch = comment.decode(errors="replace").rpartition(" ")
+    return lease_id, int(epoch) if epoch.isdigit() else 0
+
+
+def subject(operation: Operation) -> Binding:
+    """Return the binding whose flows an operation is about."""
+    if isinstance(operation, Move):
+        return operation.new
+    return operation.old if isinstance(operation, EndDrain) else operation.binding
+
+
+def next_state(operation: Operation, state: FlowState, now_ns: int) -> FlowState:
+    """Return what a flow should be after an operation.
+
+    Raises StaleEpochError if a later epoch got there first.
+    """
+    draining = state.draining
+    if draining:
+        draining = tuple(drain for drain in draining if drain[1] > now_ns)
+    match operation:
+        case Install() | Renew():
+            _fence(operation.binding, state.epoch)
+            return holding(operation.binding, draining)
+        case Revoke():
+            _fence(operation.binding, state.epoch)
+            return FlowState(None, (), state.epoch)
+        case Move(new, old, drain_until_ns):
+            _fence(new, state.epoch, exceeding=1)
+            others = (drain for drain in draining if drain[0].anchor != old.anchor)
+            return holding(new, (*others, (old, min(drain_until_ns, old.expires_ns))))
+        case EndDrain(old):
+            left = tuple(drain for drain in draining if drain[0].lease_id != old.lease_id)
+            return FlowState(state.binding, left, state.epoch)
+
+
+def holding(binding: Binding, draining: Draining) -> FlowState:
+    """Return the state of a flow with this lease. What drains at its own anchor is superseded."""
+    if draining:
+        draining = tuple(drain for drain in draining if drain[0].anchor != binding.anchor)
+    return FlowState(binding, draining, binding.epoch)
+
+
+def _fence(binding: Binding, epoch: int, exceeding: int = 0) -> None:
+    if binding.epoch < epoch + exceeding:
+        raise StaleEpochError(
+            f"lease {binding.lease_id} has epoch {binding.epoch}; the gate is at {epoch}"
+        )
+
+
+class LeaseElements:
+    """Knows which elements of the gate a lease calls for, in one configuration."""
+
+    def __init__(self, config: GateConfig) -> None:
+        self._anchors = {  # name -> mark and interface, as keys hold them
+            anchor.name: (u32(config.mark(anchor.name)), ifname_key(anchor.interface))
+            for anchor in config.anchors
+        }
+        self._classes = {name: u32(class_id) for name, class_id in config.qos_classes.items()}
+        self._sets = {  # length of a flow's key -> names of the sets of its family
+            2 * family.address_bytes: tuple(
+                family.name(stem) for stem in ("steer", "return", "qos", "drain")
+            )
+            for family in FAMILIES
+        }
+
+    def check(self, operation: Operation) -> None:
+        """Raise EnforcementError if there are no elements that would do an operation."""
+        match operation:
+            case Install() | Renew():
+                self._check_anchor(operation.binding)
+            case Move(new, old):
+                if new.anchor is None or old.anchor is None:
+                    raise EnforcementError(
+                        f"leases {old.lease_id}, {new.lease_id}: without anchors nothing moves"
+                    )
+                self._check_anchor(new)
+                self._check_anchor(old)
+
+    def _check_anchor(self, binding: Binding) -> None:
+        if binding.anchor is not None and binding.anchor not in self._anchors:
+            raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
+
+    def of(self, key: bytes, state: FlowState) -> list[Wanted]:
+        """Return the elements of a flow, given its key; no two have the same name."""
+        steer, back, qos, drain = self._sets[len(key)]
+        elements: list[Wanted] = []
+        binding = state.binding
+        if binding is not None:
+            comment, until_ns = comment_of(binding), binding.expires_ns
+            class_id = self._classes.get(binding.qos_profile)
+            if binding.anchor is None:
+                # The one element that says that there is such a lease, so it counts.
+                data = class_id or NO_CLASS
+                elements.append((qos, key, data, comment, until_ns, FROM_ZERO))
+            else:
+                mark, port = self._anchors[binding.anchor]
+                elements.append((steer, key, mark, comment, until_ns, None))
+                elements.append((back, key + port, b"", comment, until_ns, None))
+                if class_id is not None:
+                    elements.append((qos, key, class_id, comment, until_ns, None))
+        if not state.draining:
+            return elements
+        named: dict[ElementName, Wanted] = {}
+        for old, until_ns in state.draining:
+            assert old.anchor is not None  # `check` lets no other move
+            comment, (mark, port) = comment_of(old), self._anchors[old.anchor]
+            for name in ((back, key + port), (drain, key + mark)):
+                named[name] = (*name, b"", comment, until_ns, None)
+        named |= {wanted[:2]: wanted for wanted in elements}  # anchors may share an interface
+        return list(named.values())
+
+    def counting(self, key: bytes, binding: Binding) -> tuple[ElementName, ...]:
+        """Return the names of the elements that count a lease's packets."""
+        steer, back, qos, _ = self._sets[len(key)]
+        if binding.anchor is None:
+            return ((qos, key),)
+        anchor = self._anchors.get(binding.anchor)
+        return ((steer, key), (back, key + anchor[1])) if anchor else ()

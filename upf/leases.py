@@ -1,0 +1,112 @@
+"""Leases as the kernel holds them: what the live elements of the gate say, by flow.
+
+Elements of one lease carry the same comment. A `qos` element that counts is a lease of its own,
+of QoS alone; any other belongs to the lease that steers.
+"""
+
+import sys
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address
+
+from controlplane.enforcement import Binding, Enforced, Flow, Usage
+from upf.answers import Element
+from upf.config import GateConfig
+from upf.expressions import u32
+from upf.flows import NO_LEASE, FlowState, parse_comment
+from upf.nft_socket import NftSocket
+from upf.readback import read_elements
+from upf.schema import FAMILIES, Family, ifname_key
+
+NS_PER_MS = 1_000_000
+
+
+def enforced_leases(socket: NftSocket, config: GateConfig) -> list[Enforced]:
+    """Read every live lease back, by flow, with its usage in both directions."""
+    return [entry for family in FAMILIES for entry in _enforced(socket, config, family)]
+
+
+def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator[Enforced]:
+    pair_bytes = 2 * family.address_bytes
+    answered = {
+        (element.key[:pair_bytes], element.comment): element
+        for element in read_elements(socket, family.name("return"))
+    }
+    for element in read_elements(socket, family.name("steer")):
+        anchor = config.anchor(int.from_bytes(element.data, sys.byteorder))
+        downlink = answered.get((element.key, element.comment))
+        yield _entry(element, anchor, uplink=element, downlink=downlink)
+    for element in read_elements(socket, family.name("qos")):
+        if element.counted:
+            yield _entry(element, None, uplink=None, downlink=element)
+
+
+def _entry(
+    element: Element, anchor: str | None, *, uplink: Element | None, downlink: Element | None
+) -> Enforced:
+    lease_id, epoch = parse_comment(element.comment)
+    return Enforced(
+        lease_id=lease_id,
+        epoch=epoch,
+        flow=_flow(element.key),
+        anchor=anchor,
+        remaining_ms=element.remaining_ms,
+        usage=Usage(
+            uplink_packets=uplink.packets if uplink else 0,
+            uplink_bytes=uplink.bytes if uplink else 0,
+            downlink_packets=downlink.packets if downlink else 0,
+            downlink_bytes=downlink.bytes if downlink else 0,
+        ),
+    )
+
+
+def adopted_flows(socket: NftSocket, config: GateConfig, now_ns: int) -> dict[bytes, FlowState]:
+    """Learn flows, epochs and drains from the live elements of an earlier process."""
+    ports = {ifname_key(anchor.interface): anchor.name for anchor in config.anchors}
+    profiles = {u32(class_id): name for name, class_id in config.qos_classes.items()}
+    flows: dict[bytes, FlowState] = {}
+    for family in FAMILIES:
+        pair_bytes = 2 * family.address_bytes
+        classes = {}
+        for element in read_elements(socket, family.name("qos")):
+            profile = profiles.get(element.data, "")
+            if element.counted:
+                binding = _binding(element, element.key, None, profile, now_ns)
+                flows[element.key] = FlowState(binding, (), binding.epoch)
+            else:
+                classes[element.key, element.comment] = profile
+        for element in read_elements(socket, family.name("steer")):
+            anchor = config.anchor(int.from_bytes(element.data, sys.byteorder))
+            profile = classes.get((element.key, element.comment), "")
+            binding = _binding(element, element.key, anchor, profile, now_ns)
+            flows[element.key] = FlowState(binding, (), binding.epoch)
+        for element in read_elements(socket, family.name("return")):
+            key, port = element.key[:pair_bytes], element.key[pair_bytes:]
+            binding = _binding(element, key, ports[port], "", now_ns)
+            state = flows.get(key, NO_LEASE)
+            if state.binding and state.binding.lease_id == binding.lease_id:
+                continue
+            flows[key] = FlowState(
+                state.binding,
+                (*state.draining, (binding, binding.expires_ns)),
+                max(state.epoch, binding.epoch),
+            )
+    return flows
+
+
+def _binding(
+    element: Element, key: bytes, anchor: str | None, qos_profile: str, now_ns: int
+) -> Binding:
+    lease_id, epoch = parse_comment(element.comment)
+    return Binding(
+        lease_id=lease_id,
+        epoch=epoch,
+        flows=(_flow(key),),
+        anchor=anchor,
+        qos_profile=qos_profile,
+        expires_ns=now_ns + element.remaining_ms * NS_PER_MS,
+    )
+
+
+def _flow(key: bytes) -> Flow:
+    kind = IPv4Address if len(key) == 2 * FAMILIES[0].address_bytes else IPv6Address
+    return Flow(kind(key[: len(key) // 2]), kind(key[len(key) // 2 :]))
