@@ -132,6 +132,16 @@ def test_the_newest_signs_even_if_the_clock_was_set_back(tmp_path: Path) -> None
     assert ring.signing_since_unix_ns == NOW + 1
 
 
+def test_a_key_is_kept_from_when_it_was_superseded_not_made(tmp_path: Path) -> None:
+    ring = KeyRing.open(tmp_path, NOW, retain_s=RETAIN_S)
+    first = ring.signing.kid
+    superseded = NOW + 10 * RETAIN_S * S
+    second = ring.rotate(superseded).kid
+    assert ring.prune(superseded + RETAIN_S * S - 1) == []
+    assert ring.prune(superseded + RETAIN_S * S) == [first]
+    assert list(KeyRing.open(tmp_path, NOW).public_keys()) == [second]
+
+
 def test_single_keys(tmp_path: Path) -> None:
     key = keys.generate_key(tmp_path / "key")
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600

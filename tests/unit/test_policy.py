@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from controlplane.access_tokens import generate_secret
@@ -105,14 +105,18 @@ def limited(rate_per_s: float, burst: int, name: str = "t") -> Tenant:
         max_size=60,
     ),
 )
+@example(rate_per_s=3, burst=1, pauses_ns=[0] * 10)
 def test_in_no_window_more_than_burst_and_rate(
     rate_per_s: float, burst: int, pauses_ns: list[int]
 ) -> None:
     limiter, tenant, now_ns, granted = RateLimiter(), limited(rate_per_s, burst), 0, []
     for pause_ns in pauses_ns:
         now_ns += pause_ns
-        if limiter.admit(tenant, now_ns) is None:
-            granted.append(now_ns)
+        wait_s = limiter.admit(tenant, now_ns)
+        if wait_s is not None:  # as early as can be
+            now_ns += round(wait_s * S)
+            assert limiter.admit(tenant, now_ns) is None
+        granted.append(now_ns)
     numerator, denominator = rate_per_s.as_integer_ratio()
     for first, begin_ns in enumerate(granted):
         for count, end_ns in enumerate(granted[first:], start=1):
