@@ -2,15 +2,18 @@
 
 Pure functions over entries, written against the rules alone: nothing here uses the state machine
 that made the entries (`lease`). `Auditor.add` takes entry after entry, `finish` says what is only
-known at the end. Instants are Unix ns.
+known at the end. Instants are Unix ns. Entries with one `at`, one after the other, are one write:
+all of them became durable together.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 
-from controlplane.clock import NS_PER_MS, rfc3339
+from controlplane.clock import rfc3339
 from controlplane.entries import Entry
+from controlplane.facts import Acknowledged, PolicySet, Started
+from controlplane.fleet import AnchorFailed, AnchorRecovered
 from controlplane.lease import (
     Committed,
     DrainStarted,
@@ -21,84 +24,58 @@ from controlplane.lease import (
     State,
     Terms,
 )
+from controlplane.rules import (
+    AT_DEADLINE,
+    CLOSING_NS,
+    LATE_NS,
+    PAGE,
+    REASONS,
+    SLACK_NS,
+    Counts,
+    Finding,
+    Rule,
+)
 
-# An entry is stamped just after the decision that it records, and may wait for a CPU in between.
-SLACK_NS = 50 * NS_PER_MS
-# How long after its deadline a lease may still lack its end: the kernel needs nobody to close it.
-LATE_NS = 2_000 * NS_PER_MS
-
-
-class Rule(StrEnum):
-    """What a log must show; the value names the rule in findings."""
-
-    PREPARED_ONCE = "prepared-once"  # a lease id is used once
-    PREPARED_FIRST = "prepared-first"  # nothing happens to a lease that was never prepared
-    COMMIT_AFTER_PREPARE = "commit-after-prepare"  # and once, and within its time limit
-    EPOCH_GROWS = "epoch-grows"  # per UE and service
-    ONE_SESSION = "one-session"  # per UE and service at a time; a session is of one such pair
-    MAKE_BEFORE_BREAK = "make-before-break"  # new lease and drain of the old in one write
-    DRAIN_WITHIN_LEASE = "drain-within-lease"
-    KEEPS_DEADLINE = "keeps-deadline"  # a relocation does not lengthen what was granted
-    NOT_AFTER_EXPIRY = "not-after-expiry"  # no renewal, no drain, no commit for the past
-    RENEWAL_GROWS = "renewal-grows"  # renewal never shortens
-    END_REASON = "end-reason"  # one that the lease's state allows, and not before its time
-    ENDED_IS_FINAL = "ended-is-final"
-    ENDED_IN_TIME = "ended-in-time"  # what should be over at the end of the log has its end there
-
-
-REASONS = {
-    State.PREPARED: {EndReason.ABORTED, EndReason.PREPARE_TIMED_OUT, EndReason.NOT_ENFORCED},
-    State.COMMITTED: {
-        *(EndReason.EXPIRED, EndReason.RELEASED, EndReason.REVOKED, EndReason.NOT_ENFORCED),
-    },
-    State.DRAINING: {
-        *(EndReason.RELOCATED, EndReason.RELEASED, EndReason.REVOKED, EndReason.NOT_ENFORCED),
-    },
-}
-AT_DEADLINE = {EndReason.PREPARE_TIMED_OUT, EndReason.EXPIRED, EndReason.RELOCATED}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A rule that an entry breaks."""
-
-    index: int
-    rule: Rule
-    detail: str
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the log tells of, as far as it was read."""
-
-    entries: int = 0
-    leases: int = 0
-    sessions: int = 0
-    relocations: int = 0  # make-before-break
-    open_leases: tuple[str, ...] = ()  # at the end of the log; they may still run
+Found = Iterator[tuple[Rule, str]]
+LeaseEvent = Committed | Renewed | DrainStarted | Ended
 
 
 @dataclass(slots=True)
 class _Lease:
+    """A lease that has not ended."""
+
     terms: Terms
     index: int  # of the last entry about it
+    prepared_at_ns: int
     state: State
     deadline_ns: int
+    committed_at_ns: int = 0
 
 
 @dataclass(slots=True)
 class _Session:
-    pair: tuple[str, str]
-    live: dict[str, _Lease] = field(default_factory=dict)  # by lease id
+    whose: tuple[str, str, str]  # UE, service, tenant
+    live: int = 0  # leases
+    granted: bool = False  # it has had a COMMIT
+    revoked: bool = False  # and what ended last was taken back by the operator
 
 
 @dataclass(slots=True)
 class _Flip:
-    """A new lease beside a committed one, until the old one's drain is seen."""
+    """A new lease beside a committed one of its session, which must give way in the same write."""
 
     index: int
-    at_ns: int
     old: _Lease
+
+
+@dataclass(slots=True)
+class _Write:
+    """What the entries of one write have shown so far."""
+
+    at_ns: int
+    flips: list[_Flip] = field(default_factory=list)
+    preempted: list[tuple[int, Terms]] = field(default_factory=list)
+    granted: list[Terms] = field(default_factory=list)
 
 
 class Auditor:
@@ -106,85 +83,132 @@ class Auditor:
 
     def __init__(self) -> None:
         self.counts = Counts()
-        self._leases: dict[str, _Lease] = {}
+        self._live: dict[str, _Lease] = {}
+        self._ended: dict[str, int] = {}  # lease id -> index of its end
+        self._of_ue: defaultdict[str, dict[str, _Lease]] = defaultdict(dict)  # live
         self._sessions: dict[str, _Session] = {}
         self._current: dict[tuple[str, str], str] = {}  # session id, by UE and service
         self._epochs: dict[tuple[str, str], int] = {}
-        self._flips: dict[str, _Flip] = {}  # by id of the new lease
-        self._last = Entry(-1, 0, Ended("", EndReason.ABORTED))
+        self._failed: dict[str, tuple[int, bool]] = {}  # anchor -> when last, and if it still is
+        self._policies: set[str] = set()  # tenants that were given one
+        self._started_ns = 0  # when the controller that wrote this took over
+        self._write = _Write(0)
+        self._last_index = -1
 
     def add(self, entry: Entry) -> list[Finding]:
-        """Return what is wrong with the next entry."""
+        """Return what is wrong with the next entry, or with the write that it shows to be over."""
+        event, at_ns = entry.event, entry.at_ns
+        findings: list[Finding] = []
+        if at_ns != self._write.at_ns:
+            findings = self._settle()
+            if at_ns < self._write.at_ns and not isinstance(event, Started):
+                before = rfc3339(self._write.at_ns)
+                findings.append(Finding(entry.index, Rule.TIME_GOES_ON, f"it was {before} before"))
+            self._write = _Write(at_ns)
         self.counts.entries += 1
-        self._last = entry
-        if isinstance(entry.event, Prepared):
-            found = self._prepared(entry, entry.event)
-        else:
-            found = self._later(entry, entry.event)
-        return [Finding(entry.index, rule, detail) for rule, detail in found]
+        self._last_index = entry.index
+        match event:
+            case Prepared():
+                found = self._prepared(entry, event)
+            case Committed() | Renewed() | DrainStarted() | Ended():
+                found = self._later(entry, event)
+            case Acknowledged():
+                found = self._acknowledged(entry, event)
+            case _:
+                self._note(event, at_ns)
+                return findings
+        findings += [Finding(entry.index, rule, detail) for rule, detail in found]
+        return findings
 
     def finish(self) -> list[Finding]:
         """Return what is missing at the end of the log."""
-        findings = []
-        open_leases = []
-        for lease_id, lease in self._leases.items():
-            if lease.state is State.ENDED:
-                continue
-            open_leases.append(lease_id)
-            if lease.deadline_ns + LATE_NS <= self._last.at_ns:
+        findings = self._settle()
+        for lease_id, lease in self._live.items():
+            if self._due(lease) + LATE_NS <= self._write.at_ns:
                 detail = f"lease {lease_id} was over at {rfc3339(lease.deadline_ns)}; no end of it"
                 findings.append(Finding(lease.index, Rule.ENDED_IN_TIME, detail))
-        for flip in self._flips.values():
-            if flip.index != self._last.index:  # else a crash cut the write: never enforced
-                detail = f"the drain of lease {flip.old.terms.lease_id} is missing"
-                findings.append(Finding(flip.index, Rule.MAKE_BEFORE_BREAK, detail))
-        self.counts.open_leases = tuple(open_leases)
+        self.counts.open_leases = tuple(self._live)
         return findings
 
-    def _prepared(self, entry: Entry, event: Prepared) -> Iterator[tuple[Rule, str]]:
-        terms, pair = event.terms, (event.terms.ue, event.terms.aisi)
-        whose = f"{terms.ue} with {terms.aisi}"
-        if terms.lease_id in self._leases:
-            yield Rule.PREPARED_ONCE, f"lease {terms.lease_id} exists"
+    # Facts
+
+    def _note(self, event: object, at_ns: int) -> None:
+        match event:
+            case Started():
+                self._started_ns = at_ns
+                self.counts.starts += 1
+            case AnchorFailed(name, _):
+                self._failed[name] = at_ns, True
+            case AnchorRecovered(name) if name in self._failed:
+                self._failed[name] = self._failed[name][0], False
+            case PolicySet(tenant, _):
+                self._policies.add(tenant)
+
+    def _acknowledged(self, entry: Entry, event: Acknowledged) -> Found:
+        when = rfc3339(event.acknowledged_ns)
+        if event.acknowledged_ns > entry.at_ns:
+            yield Rule.TIME_GOES_ON, f"acknowledged at {when}, which is not yet"
+        for lease_id in event.lease_ids:
+            lease = self._live.get(lease_id)
+            if lease is None:
+                ended = self._ended.get(lease_id)
+                why = "was never prepared" if ended is None else f"ended with entry {ended}"
+                yield Rule.ENFORCED_AFTER_COMMIT, f"lease {lease_id} {why}"
+            elif lease.state is not State.COMMITTED:
+                yield Rule.ENFORCED_AFTER_COMMIT, f"lease {lease_id} is {lease.state}"
+            elif event.acknowledged_ns < lease.committed_at_ns:
+                detail = f"lease {lease_id} was enforced at {when}, before its COMMIT"
+                yield Rule.ENFORCED_AFTER_COMMIT, detail
+            elif event.acknowledged_ns >= lease.deadline_ns + SLACK_NS:
+                detail = f"enforced at {when}; lease {lease_id} {_was_over(lease)}"
+                yield Rule.NOT_AFTER_EXPIRY, detail
+
+    # The life of a lease
+
+    def _prepared(self, entry: Entry, event: Prepared) -> Found:
+        terms = event.terms
+        lease_id, pair = terms.lease_id, (terms.ue, terms.aisi)
+        if lease_id in self._live or lease_id in self._ended:
+            yield Rule.PREPARED_ONCE, f"lease {lease_id} exists"
             return
-        if terms.epoch <= self._epochs.get(pair, 0):
-            yield (
-                Rule.EPOCH_GROWS,
-                f"epoch {terms.epoch} of {whose} is not above {self._epochs[pair]}",
-            )
-        session = self._sessions.setdefault(terms.session_id, _Session(pair))
-        if session.pair != pair:
-            yield (
-                Rule.ONE_SESSION,
-                f"session {terms.session_id} is of {' with '.join(session.pair)}",
-            )
+        last = self._epochs.get(pair, 0)
+        if terms.epoch <= last:
+            detail = f"epoch {terms.epoch} of {' with '.join(pair)} is not above {last}"
+            yield Rule.EPOCH_GROWS, detail
+        self._epochs[pair] = max(terms.epoch, last)
+        whose = (*pair, terms.tenant)
+        session = self._sessions.get(terms.session_id)
+        if session is None:
+            session = self._sessions[terms.session_id] = _Session(whose)
+        if session.whose != whose:
+            ue, aisi, tenant = session.whose
+            detail = f"session {terms.session_id} is {tenant}'s, of {ue} with {aisi}"
+            yield Rule.ONE_SESSION, detail
         current = self._current.get(pair, terms.session_id)
         if current != terms.session_id and self._sessions[current].live:
-            yield Rule.ONE_SESSION, f"{whose} has session {current}"
-        lease = _Lease(terms, entry.index, State.PREPARED, event.prepare_until_ns)
-        self._leases[terms.lease_id] = session.live[terms.lease_id] = lease
+            yield Rule.ONE_SESSION, f"{' with '.join(pair)} has session {current}"
         self._current[pair] = terms.session_id
-        self._epochs[pair] = max(terms.epoch, self._epochs.get(pair, 0))
+        lease = _Lease(terms, entry.index, entry.at_ns, State.PREPARED, event.prepare_until_ns)
+        self._live[lease_id] = self._of_ue[terms.ue][lease_id] = lease
+        session.live += 1
         self.counts.leases += 1
         self.counts.sessions = len(self._sessions)
 
-    def _later(
-        self, entry: Entry, event: Committed | Renewed | DrainStarted | Ended
-    ) -> Iterator[tuple[Rule, str]]:
-        lease, name = self._leases.get(event.lease_id), f"lease {event.lease_id}"
+    def _later(self, entry: Entry, event: LeaseEvent) -> Found:
+        lease, name = self._live.get(event.lease_id), f"lease {event.lease_id}"
         if lease is None:
-            yield Rule.PREPARED_FIRST, f"{name} was never prepared"
+            if event.lease_id in self._ended:
+                ended = self._ended[event.lease_id]
+                yield Rule.ENDED_IS_FINAL, f"{name} ended with entry {ended}"
+            else:
+                yield Rule.PREPARED_FIRST, f"{name} was never prepared"
             return
-        if lease.state is State.ENDED:
-            yield Rule.ENDED_IS_FINAL, f"{name} ended with entry {lease.index}"
+        lease.index = entry.index
+        if isinstance(event, Ended):
+            yield from self._end(entry, lease, event)
             return
-        if not isinstance(event, Ended) and entry.at_ns >= lease.deadline_ns + SLACK_NS:
-            yield Rule.NOT_AFTER_EXPIRY, f"{name} was over at {rfc3339(lease.deadline_ns)}"
-        flip = self._flips.get(event.lease_id)
-        if flip and not (isinstance(event, Ended) and event.reason is EndReason.NOT_ENFORCED):
-            detail = f"entry {flip.index}: the drain of lease {flip.old.terms.lease_id} is missing"
-            yield Rule.MAKE_BEFORE_BREAK, detail
-        self._flips.pop(event.lease_id, None)
+        if entry.at_ns >= lease.deadline_ns + SLACK_NS:
+            yield Rule.NOT_AFTER_EXPIRY, f"{name} {_was_over(lease)}"
         match event:
             case Committed(_, until_ns):
                 yield from self._committed(entry, lease, until_ns)
@@ -195,50 +219,143 @@ class Auditor:
                     yield Rule.RENEWAL_GROWS, f"{name} ran until {rfc3339(lease.deadline_ns)}"
                 lease.deadline_ns = until_ns
             case DrainStarted(_, until_ns):
-                yield from self._drain_started(entry, lease, until_ns)
-            case Ended(_, reason):
-                if reason not in REASONS[lease.state]:
-                    yield Rule.END_REASON, f"{name} is {lease.state}: it cannot end {reason}"
-                elif reason in AT_DEADLINE and entry.at_ns < lease.deadline_ns:
+                if lease.state is not State.COMMITTED:
+                    yield Rule.COMMIT_AFTER_PREPARE, f"{name} is {lease.state}, it steers nothing"
+                if until_ns > lease.deadline_ns:
                     ran = rfc3339(lease.deadline_ns)
-                    yield Rule.END_REASON, f"{name} ran until {ran}: it had not {reason} yet"
-                lease.state = State.ENDED
-                self._sessions[lease.terms.session_id].live.pop(event.lease_id, None)
-        lease.index = entry.index
+                    yield Rule.DRAIN_WITHIN_LEASE, f"{name} ran until {ran}"
+                if self._gives_way(lease):
+                    self.counts.relocations += 1
+                else:
+                    detail = f"{name} drains, and no lease granted in this write takes over"
+                    yield Rule.MAKE_BEFORE_BREAK, detail
+                lease.state, lease.deadline_ns = State.DRAINING, until_ns
 
-    def _committed(self, entry: Entry, lease: _Lease, until_ns: int) -> Iterator[tuple[Rule, str]]:
-        lease_id = lease.terms.lease_id
+    def _committed(self, entry: Entry, lease: _Lease, until_ns: int) -> Found:
+        terms = lease.terms
+        name, session = f"lease {terms.lease_id}", self._sessions[terms.session_id]
         if lease.state is not State.PREPARED:
-            yield Rule.COMMIT_AFTER_PREPARE, f"lease {lease_id} is {lease.state}"
+            yield Rule.COMMIT_AFTER_PREPARE, f"{name} is {lease.state}"
         if until_ns <= entry.at_ns - SLACK_NS:
-            yield Rule.NOT_AFTER_EXPIRY, f"lease {lease_id} was granted until {rfc3339(until_ns)}"
-        for old in self._sessions[lease.terms.session_id].live.values():
-            if old is lease or old.state is not State.COMMITTED:
-                continue
-            self._flips[lease_id] = _Flip(entry.index, entry.at_ns, old)
+            yield Rule.NOT_AFTER_EXPIRY, f"{name} was granted until {rfc3339(until_ns)}"
+        steering = [
+            old for old in self._leases_of(terms, State.COMMITTED) if old is not lease
+        ]
+        for old in steering:
+            self._write.flips.append(_Flip(entry.index, old))
             if until_ns > old.deadline_ns:
                 ran = rfc3339(old.deadline_ns)
                 yield Rule.KEEPS_DEADLINE, f"lease {old.terms.lease_id} ran until {ran}"
+        if session.granted and not steering and lease.state is State.PREPARED:
+            self.counts.breaks += 1
+            if not session.revoked:
+                detail = f"session {terms.session_id} had no lease from which it could move"
+                yield Rule.NO_GAP, detail
+        session.granted = True
+        self._write.granted.append(terms)
         lease.state, lease.deadline_ns = State.COMMITTED, until_ns
+        lease.committed_at_ns = entry.at_ns
 
-    def _drain_started(
-        self, entry: Entry, lease: _Lease, until_ns: int
-    ) -> Iterator[tuple[Rule, str]]:
-        name = f"lease {lease.terms.lease_id}"
-        if lease.state is not State.COMMITTED:
-            yield Rule.COMMIT_AFTER_PREPARE, f"{name} is {lease.state}, it steers nothing"
-        if until_ns > lease.deadline_ns:
-            yield Rule.DRAIN_WITHIN_LEASE, f"{name} ran until {rfc3339(lease.deadline_ns)}"
-        flips = {new: flip for new, flip in self._flips.items() if flip.old is lease}
-        if not flips:
-            yield Rule.MAKE_BEFORE_BREAK, f"{name} drains, and no lease of its session takes over"
-        for new, flip in flips.items():
-            if flip.at_ns != entry.at_ns or flip.index != entry.index - 1:
-                detail = f"{name} drains, but lease {new} took over with entry {flip.index}"
-                yield Rule.MAKE_BEFORE_BREAK, f"{detail}, at {rfc3339(flip.at_ns)}"
-            del self._flips[new]
-            self.counts.relocations += 1
-        lease.state, lease.deadline_ns = State.DRAINING, until_ns
+    def _end(self, entry: Entry, lease: _Lease, event: Ended) -> Found:
+        terms, reason = lease.terms, event.reason
+        name = f"lease {terms.lease_id}"
+        if reason not in REASONS[lease.state]:
+            yield Rule.END_REASON, f"{name} is {lease.state}: it cannot end {reason}"
+        elif reason in AT_DEADLINE and entry.at_ns < lease.deadline_ns:
+            ran = rfc3339(lease.deadline_ns)
+            yield Rule.END_REASON, f"{name} ran until {ran}: it had not {reason} yet"
+        elif (missing := self._missing(lease, reason)) is not None:
+            yield Rule.END_REASON, f"{name} ended {reason}, and {missing}"
+        if entry.at_ns > self._due(lease) + LATE_NS:
+            yield Rule.ENDED_IN_TIME, f"{name} {_was_over(lease)}"
+        yield from self._closing_counts(entry, lease, event)
+        if reason is EndReason.PREEMPTED:
+            self.counts.preemptions += 1
+            self._write.preempted.append((entry.index, terms))
+            if not terms.preemptible:
+                yield Rule.PREEMPTION, f"{name} is not preemptible"
+        if reason is EndReason.ANCHOR_FAILED and self._gives_way(lease):
+            self.counts.recoveries += 1
+        if reason is EndReason.REPAGED:
+            self.counts.repages += 1
+        session = self._sessions[terms.session_id]
+        session.live -= 1
+        session.revoked = reason is EndReason.REVOKED
+        del self._live[terms.lease_id], self._of_ue[terms.ue][terms.lease_id]
+        if not self._of_ue[terms.ue]:
+            del self._of_ue[terms.ue]
+        self._ended[terms.lease_id] = entry.index
+
+    def _missing(self, lease: _Lease, reason: EndReason) -> str | None:
+        """Return what the log does not show, and would if the reason were true."""
+        terms = lease.terms
+        match reason:
+            case EndReason.ANCHOR_FAILED if lease.state is State.COMMITTED:
+                failed_ns, still = self._failed.get(terms.anchor or "", (0, False))
+                if not still and failed_ns < lease.prepared_at_ns:
+                    return f"{terms.anchor} has not failed since it was prepared"
+            case EndReason.POLICY if terms.tenant not in self._policies:
+                return f"{terms.tenant} was given no policy"
+            case EndReason.REPAGED:
+                others = self._of_ue[terms.ue].values()
+                if not any(_takes_over(other, lease) for other in others):
+                    return f"{terms.ue} has been paged to no other service"
+        return None
+
+    def _closing_counts(self, entry: Entry, lease: _Lease, event: Ended) -> Found:
+        name, counted_ns = f"lease {lease.terms.lease_id}", event.counted_ns
+        if lease.state is State.PREPARED:
+            if event.usage is not None:
+                yield Rule.ENFORCED_AFTER_COMMIT, f"{name} has no COMMIT, but has carried packets"
+            return
+        if event.usage is None:
+            # What was over before a controller took over, the kernel has no counts of any more.
+            alone = lease.committed_at_ns < self._started_ns > lease.deadline_ns - SLACK_NS
+            if event.reason is not EndReason.NOT_ENFORCED and not alone:
+                yield Rule.CLOSING_COUNTS, f"{name} ended {event.reason}, without its counts"
+            return
+        over_ns = min(entry.at_ns, lease.deadline_ns)
+        if not lease.committed_at_ns <= counted_ns <= entry.at_ns:
+            detail = f"those of {name} are of {rfc3339(counted_ns)}, outside its life"
+            yield Rule.CLOSING_COUNTS, detail
+        elif counted_ns < over_ns - CLOSING_NS:
+            yield Rule.CLOSING_COUNTS, f"those of {name} are of {rfc3339(counted_ns)}, long before"
+        elif counted_ns >= lease.deadline_ns + SLACK_NS:
+            detail = f"the kernel had {name} at {rfc3339(counted_ns)}; it {_was_over(lease)}"
+            yield Rule.NOT_AFTER_EXPIRY, detail
+
+    # Help
+
+    def _leases_of(self, terms: Terms, state: State) -> list[_Lease]:
+        """Return the live leases of a session in a state."""
+        return [
+            lease
+            for lease in self._of_ue[terms.ue].values()
+            if lease.state is state and lease.terms.session_id == terms.session_id
+        ]
+
+    def _due(self, lease: _Lease) -> int:
+        """Return from when on there was a controller that could end it."""
+        return max(lease.deadline_ns, self._started_ns)
+
+    def _gives_way(self, lease: _Lease) -> bool:
+        """Whether a lease granted in this write takes its place; that is settled then."""
+        flips = self._write.flips
+        remaining = [flip for flip in flips if flip.old is not lease]
+        self._write.flips = remaining
+        return len(remaining) < len(flips)
+
+    def _settle(self) -> list[Finding]:
+        """Return what the write that is over lacks."""
+        write, findings = self._write, []
+        for flip in write.flips:
+            detail = f"lease {flip.old.terms.lease_id} did not give way in the same write"
+            findings.append(Finding(flip.index, Rule.MAKE_BEFORE_BREAK, detail))
+        for index, lost in write.preempted:
+            if all(terms.priority_level >= lost.priority_level for terms in write.granted):
+                detail = f"nothing above priority {lost.priority_level} was granted in this write"
+                findings.append(Finding(index, Rule.PREEMPTION, detail))
+        return findings
 
 
 def audit(entries: Iterable[Entry]) -> tuple[Counts, list[Finding]]:
@@ -247,3 +364,19 @@ def audit(entries: Iterable[Entry]) -> tuple[Counts, list[Finding]]:
     findings = [finding for entry in entries for finding in auditor.add(entry)]
     findings += auditor.finish()
     return auditor.counts, findings
+
+
+def _was_over(lease: _Lease) -> str:
+    return f"was over at {rfc3339(lease.deadline_ns)}"
+
+
+def _takes_over(other: _Lease, lease: _Lease) -> bool:
+    """Whether the UE was paged for anew because its session could not go on."""
+    terms = other.terms
+    return (
+        other.state is State.COMMITTED
+        and terms.session_id != lease.terms.session_id
+        and terms.tenant == lease.terms.tenant
+        and terms.cause != PAGE
+        and other.committed_at_ns >= lease.committed_at_ns
+    )

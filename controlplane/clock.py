@@ -4,17 +4,17 @@ import re
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 
 NS_PER_S = 1_000_000_000
 NS_PER_MS = 1_000_000
-_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z")
+_RFC3339 = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?Z", re.ASCII)
 
 
 def rfc3339(unix_ns: int) -> str:
     """Format Unix time in ns as RFC 3339 with nanoseconds."""
     seconds, fraction_ns = divmod(unix_ns, NS_PER_S)
-    stamp = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    return f"{stamp}.{fraction_ns:09d}Z"
+    return f"{_stamp(seconds)}.{fraction_ns:09d}Z"
 
 
 def parse_rfc3339(text: str) -> int:
@@ -22,8 +22,20 @@ def parse_rfc3339(text: str) -> int:
     match = _RFC3339.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not an RFC 3339 time in UTC")
-    seconds = datetime.fromisoformat(match[1] + "+00:00").timestamp()
-    return int(seconds) * NS_PER_S + int((match[2] or "0").ljust(9, "0"))
+    return _seconds(match[1]) * NS_PER_S + int((match[2] or "0").ljust(9, "0"))
+
+
+# Many instants are within the same few seconds.
+
+
+@lru_cache(maxsize=4_096)
+def _stamp(unix_s: int) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@lru_cache(maxsize=4_096)
+def _seconds(stamp: str) -> int:
+    return int(datetime.fromisoformat(stamp + "+00:00").timestamp())
 
 
 @dataclass(frozen=True, slots=True)

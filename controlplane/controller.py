@@ -1,82 +1,78 @@
-"""The controller: the AI-Paging transactions, from intent to enforced lease.
+"""The controller: the steps that every AI-Paging transaction is made of.
 
-Each change goes the same way: the lease's state machine decides, the ledger makes it durable, the
-enforcer carries it out in the kernel, and only then is the caller told.
+Each change goes the same way: the lease's state machine decides, the committer makes it durable,
+brings it about in the kernel, and only then is the caller told. Transactions of one UE follow one
+another; those of different UEs share a write and a kernel batch. The transactions themselves are in
+`paging` and `relocation`; what happens by itself, in `upkeep`.
 """
 
+import hashlib
 import secrets
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from controlplane import aist, lease
-from controlplane.catalogue import Anchor, Catalogue
-from controlplane.clock import NS_PER_MS, Clock
+from controlplane import lease
+from controlplane.admission import Shortage
+from controlplane.answers import Refusal
+from controlplane.catalogue import Catalogue, QosProfile
+from controlplane.clock import NS_PER_MS, NS_PER_S, Clock
+from controlplane.committer import Change, Committer, Done
 from controlplane.enforcement import (
     Address,
     EndDrain,
     EnforcementError,
     Enforcer,
+    Flow,
     Install,
-    Move,
     Operation,
     Reconciliation,
     Renew,
     Revoke,
 )
+from controlplane.facts import Started
 from controlplane.intent import Intent
-from controlplane.lease import Effect, Lease, LeaseError, Outcome, State, Terms
-from controlplane.ledger import Ledger, Session
-from controlplane.resolver import Candidate, Exclusion, Resolution, resolve
+from controlplane.lease import Effect, EndReason, Lease, LeaseError, Outcome, State, Terms
+from controlplane.ledger import Ledger, Session, demand
+from controlplane.locks import Locks
+from controlplane.measured import Measured
+from controlplane.metrics import Transaction
+from controlplane.policy import Arp, Tenant, Tenants
 
 
 @dataclass(frozen=True, slots=True)
 class Subscriber:
-    """A UE the network knows: its identity and the addresses it was given."""
+    """A UE the network knows: its identity, the addresses it was given, where it is at first."""
 
     ue: str
     address4: IPv4Address
     address6: IPv6Address
+    cell: str | None = None  # a gNB; mobility reports move it
+    tenant: str = "default"  # whose policy holds when it pages by itself
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
-    """Instants of one transaction, Unix ns: each is taken when the step was done."""
-
-    requested_unix_ns: int
-    prepared_unix_ns: int
-    committed_unix_ns: int  # durable in the evidence log
-    enforced_unix_ns: int  # acknowledged by the kernel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
-    """The answer to an intent or a relocation."""
-
-    lease: Lease
-    token: str
-    resolution: Resolution
-    timeline: Timeline
-
-
-class Refusal(Exception):
-    """A request that cannot be granted; `cause` is for programs, the message for people."""
-
-    def __init__(self, cause: str, why: str, excluded: Sequence[Exclusion] = ()) -> None:
-        self.cause = cause
-        self.excluded = tuple(excluded)
-        super().__init__(why)
+class AnchorRefusedError(Exception):
+    """Nobody serves at an anchor: the connection was refused."""
 
 
 class AnchorGateway(Protocol):
     """How the control plane talks to anchors."""
 
     async def ready(self, anchor: str, aisi: str) -> bool:
-        """Ask an anchor whether it can take a session with a service now."""
+        """Ask an anchor whether it can take a session with a service now.
+
+        Raises AnchorRefusedError.
+        """
+
+
+class TokenIssuer(Protocol):
+    """Who signs AISTs."""
+
+    def issue(self, held: Lease) -> str:
+        """Return the token of a committed lease."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,316 +86,318 @@ class Settings:
 
 
 class Controller:
-    """Runs the transactions of one user plane function. Not thread-safe: one event loop owns it."""
+    """The shared steps, over one user plane. Not thread-safe: one event loop owns it."""
 
     def __init__(
         self,
         *,
         catalogue: Catalogue,
-        subscribers: Sequence[Subscriber],
+        subscribers: Iterable[Subscriber],
+        tenants: Tenants,
         ledger: Ledger,
+        committer: Committer,
         enforcer: Enforcer,
         gateway: AnchorGateway,
-        key: Ed25519PrivateKey,
+        issuer: TokenIssuer,
         clock: Clock,
+        measured: Measured,
         settings: Settings,
     ) -> None:
         self.catalogue = catalogue
+        self.tenants = tenants.by_name()
         self.ledger = ledger
+        self.committer = committer
         self.enforcer = enforcer
-        self._gateway = gateway
-        self._key = key
-        self._clock = clock
-        self._settings = settings
-        self._by_ue = {subscriber.ue: subscriber for subscriber in subscribers}
-        self._relocating: set[str] = set()
+        self.gateway = gateway
+        self.issuer = issuer
+        self.clock = clock
+        self.measured = measured
+        self.settings = settings
+        self.locks = Locks()
+        self.subscribers = {subscriber.ue: subscriber for subscriber in subscribers}
+        self.changed: Callable[[], None] = lambda: None  # whoever keeps deadlines wants to know
+        self.refused: Callable[[str, str], None] = lambda anchor, why: None  # and that an anchor is
         self._kernel_disagrees = False
 
-    def recover(self) -> Reconciliation:
-        """After a restart: roll back what was only prepared, end what is overdue, reconcile."""
-        now = self._clock.now_ns()
-        steering: dict[str, Lease] = {}  # by session
+    # What is
+
+    def session(self, session_id: str) -> Session:
+        """Return a session. Raises Refusal if there is none, or none any more."""
+        session = self.ledger.session(session_id)
+        if session is None:
+            raise Refusal("SESSION_UNKNOWN", f"there is no session {session_id}")
+        return session
+
+    def committed(self, session_id: str) -> Lease:
+        """Return the lease that a session has now. Raises Refusal."""
+        held = self.ledger.committed(self.session(session_id))
+        if held is None or held.deadline_ns <= self.clock.now_ns():
+            raise Refusal("SESSION_ENDED", f"session {session_id} has no live lease")
+        return held
+
+    def subscriber(self, ue: str) -> Subscriber:
+        """Return a UE. Raises Refusal."""
+        subscriber = self.subscribers.get(ue)
+        if subscriber is None:
+            raise Refusal("UE_UNKNOWN", f"{ue} is not a UE of this network")
+        return subscriber
+
+    def cell(self, ue: str) -> str | None:
+        """Return the cell that a UE is in, as far as it is known."""
+        return self.ledger.cells.get(ue) or self.subscriber(ue).cell
+
+    def tenant(self, name: str) -> Tenant:
+        """Return a tenant with its present policy. Raises Refusal."""
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            raise Refusal("TENANT_UNKNOWN", f"there is no tenant {name}")
+        policy = self.ledger.policies.get(name)
+        return tenant if policy is None else tenant.model_copy(update={"policy": policy})
+
+    def ue_by_address(self) -> dict[Address, str]:
+        """Return which UE each address was given to."""
+        return {
+            address: subscriber.ue
+            for subscriber in self.subscribers.values()
+            for address in (subscriber.address4, subscriber.address6)
+        }
+
+    # Transactions on a session that need no resolution
+
+    async def extend(self, session_id: str, additional_ms: int) -> Lease:
+        """Let a session's lease end later. Raises Refusal if its profile does not allow so much.
+
+        The whole duration counts, from the first COMMIT on (CAMARA Quality-on-Demand, extend).
+        """
+        work = self._extend(session_id, additional_ms)
+        return await self.measured.run(Transaction.EXTEND, work, session_id=session_id)
+
+    async def release(self, session_id: str) -> None:
+        """End a session and everything it opened."""
+        work = self._release(session_id)
+        await self.measured.run(Transaction.RELEASE, work, session_id=session_id)
+
+    async def _extend(self, session_id: str, additional_ms: int) -> Lease:
+        async with self.locks.hold(self.session(session_id).ue):
+            held, session = self.committed(session_id), self.session(session_id)
+            assert session.started_ns is not None
+            expires_ns = held.deadline_ns + additional_ms * NS_PER_MS
+            duration_ms = (expires_ns - session.started_ns) // NS_PER_MS
+            self.check_duration(self.catalogue.profile(held.terms.qos_profile), duration_ms)
+            self.check_lease(self.tenant(session.tenant), duration_ms)
+            try:
+                renewed = lease.step(held, lease.Renew(expires_ns), self.clock.now_ns())
+            except LeaseError as error:
+                raise Refusal("NOT_EXTENDED", str(error)) from error
+            await self.enforce(session, Change(renewed.events, [Renew(renewed.lease.binding())]))
+            return renewed.lease
+
+    async def _release(self, session_id: str) -> None:
+        session = self.session(session_id)
+        async with self.locks.hold(session.ue):
+            held = self.committed(session_id)
+            draining = self.ledger.in_state(session, State.DRAINING)
+            await self.end([*draining, held], lease.Release())
+
+    async def take_back(self, session: Session, reason: EndReason) -> None:
+        """End a session for a reason of the network's, if it is still live; its lock is held."""
+        live = [
+            held
+            for held in self.ledger.leases_of(session)
+            if held.state in (State.COMMITTED, State.DRAINING)
+        ]
+        if live:
+            await self.end(live, lease.Revoke(reason))
+
+    # Steps
+
+    def terms(
+        self,
+        *,
+        cause: str,
+        tenant: str,
+        subscriber: Subscriber,
+        aisi: str,
+        anchor: str | None,
+        flows: tuple[Flow, ...],
+        profile: QosProfile,
+        arp: Arp,
+        session_id: str | None = None,
+        intent: Intent | None = None,
+        request: str | None = None,
+        key: str | None = None,
+    ) -> Terms:
+        """Write the terms of a new lease; without `session_id`, of a new session."""
+        return Terms(
+            lease_id=secrets.token_hex(8),
+            session_id=session_id or str(uuid.UUID(bytes=secrets.token_bytes(16), version=4)),
+            cause=cause,
+            tenant=tenant,
+            ue=subscriber.ue,
+            aisi=aisi,
+            anchor=anchor,
+            flows=flows,
+            epoch=self.ledger.next_epoch(subscriber.ue, aisi),
+            qos_profile=profile.name,
+            cell=self.cell(subscriber.ue),
+            downlink_bps=profile.guaranteed_downlink_bps,
+            uplink_bps=profile.guaranteed_uplink_bps,
+            priority_level=arp.priority_level,
+            preemptible=arp.preemption_vulnerability,
+            intent=intent,
+            request=request,
+            key=key,
+        )
+
+    async def ready(self, anchor: str, aisi: str) -> bool:
+        """Ask an anchor whether it is ready; one that refuses the connection is suspected."""
+        try:
+            return await self.gateway.ready(anchor, aisi)
+        except AnchorRefusedError as error:
+            self.refused(anchor, str(error))
+            return False
+
+    def reserve(self, terms: Terms) -> Shortage | None:
+        """Reserve all that a lease needs, or nothing and say what is short."""
+        return self.ledger.pools.try_reserve(terms.lease_id, terms.session_id, demand(terms))
+
+    def unreserve(self, terms: Terms) -> None:
+        """Give back what was reserved for a lease that did not come about."""
+        if self.ledger.find_lease(terms.lease_id) is None:
+            self.ledger.pools.release(terms.lease_id)
+
+    def prepare(self, terms: Terms) -> Outcome:
+        """Begin a lease; what it needs is reserved."""
+        until_ns = self.clock.now_ns() + self.settings.prepare_ms * NS_PER_MS
+        return lease.prepare(terms, until_ns)
+
+    def commit(self, prepared: Lease, expires_ns: int) -> Outcome:
+        """COMMIT a prepared lease. Raises Refusal if its time limit has passed."""
+        try:
+            return lease.step(prepared, lease.Commit(expires_ns), self.clock.now_ns())
+        except LeaseError as error:
+            raise Refusal("PREPARE_TIMED_OUT", str(error)) from error
+
+    async def open(self, prepared: Outcome, expires_ns: int) -> tuple[Lease, Done]:
+        """COMMIT a lease that was prepared just now, and open its user plane: one write."""
+        granted = self.commit(prepared.lease, expires_ns)
+        terms = granted.lease.terms
+        change = Change([*prepared.events, *granted.events], [Install(granted.lease.binding())])
+        return granted.lease, await self.enforce_new(terms, change)
+
+    async def enforce_new(self, terms: Terms, change: Change) -> Done:
+        """Submit what opens a lease. If the kernel refuses, the session ends. Raises Refusal."""
+        try:
+            return await self.committer.submit(change)
+        except EnforcementError as error:
+            session = self.ledger.session(terms.session_id)
+            assert session is not None
+            await self._fail(session)
+            raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
+
+    async def enforce(self, session: Session, change: Change) -> Done:
+        """Submit a change of a live session. If the kernel refuses, the session ends."""
+        try:
+            return await self.committer.submit(change)
+        except EnforcementError as error:
+            await self._fail(session)
+            raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
+
+    async def end(self, leases: Sequence[Lease], command: lease.Command) -> None:
+        """Step leases towards their end: one change."""
+        now_ns = self.clock.now_ns()
+        outcomes = [lease.step(held, command, now_ns) for held in leases]
+        change = self.closing(outcomes)
+        try:
+            await self.committer.submit(change)
+        except EnforcementError:
+            self._kernel_disagrees = True  # the next round of upkeep makes it agree
+            raise
+
+    @staticmethod
+    def closing(outcomes: Iterable[Outcome]) -> Change:
+        """Return the change that outcomes which only end leases call for."""
+        events: list[lease.Event] = []
+        operations: list[Operation] = []
+        for outcome in outcomes:
+            events += outcome.events
+            if Effect.CLOSE in outcome.effects:
+                operations.append(Revoke(outcome.lease.binding()))
+            if Effect.END_DRAIN in outcome.effects:
+                operations.append(EndDrain(outcome.lease.binding()))
+        return Change(events, operations)
+
+    async def abort(self, prepared: Lease) -> None:
+        """Roll a preparation back, unless its time limit already did."""
+        held = self.ledger.find_lease(prepared.terms.lease_id)
+        if held is not None and held.state is State.PREPARED:
+            await self.end([held], lease.Abort())
+
+    @staticmethod
+    def check_duration(profile: QosProfile, duration_ms: int) -> None:
+        """Raise Refusal unless a profile allows a session of this length in all."""
+        # A minimum of 1 s is none: CAMARA cannot say less, and our leases may be shorter.
+        least_ms = profile.min_duration_s * 1_000 if profile.min_duration_s > 1 else 0
+        most_ms = profile.max_duration_s * 1_000
+        if not least_ms <= duration_ms <= most_ms:
+            raise Refusal(
+                "DURATION_OUT_OF_RANGE",
+                f"sessions of profile {profile.name} last {least_ms:,} to {most_ms:,} ms in all; "
+                f"this would be {duration_ms:,} ms",
+            )
+
+    @staticmethod
+    def check_lease(tenant: Tenant, duration_ms: int) -> None:
+        """Raise Refusal unless a tenant may have sessions of this length in all."""
+        most_ms = tenant.policy.max_lease_ms
+        if most_ms is not None and duration_ms > most_ms:
+            raise Refusal(
+                "LEASE_QUOTA_EXCEEDED", f"it would be {duration_ms:,} ms; {most_ms:,} are allowed"
+            )
+
+    # Start and repair
+
+    async def recover(self) -> Reconciliation:
+        """After a start: roll back what was only prepared, end what is overdue, reconcile."""
+        now_ns = self.clock.now_ns()
         outcomes = []
-        for held in self.ledger.live():
+        steering: dict[str, Lease] = {}  # by session
+        for held in list(self.ledger.live()):
             command: lease.Command = lease.Tick()
             if held.state is State.PREPARED:
                 command = lease.Abort()
             elif (
                 held.state is State.COMMITTED
                 and steering.setdefault(held.terms.session_id, held) is not held
-            ):  # the crash cut its flip off from the older lease's drain: it was never enforced
-                command = lease.Fail()
-            outcomes.append(lease.step(held, command, now))
-        self.ledger.record(event for outcome in outcomes for event in outcome.events)
-        return self._reconcile()
+            ):
+                raise AssertionError("two committed leases of a session: the log is not atomic")
+            outcomes.append(lease.step(held, command, now_ns))
+        ended = self.closing(outcomes).events
+        await self.committer.submit(Change([Started(secrets.token_hex(4)), *ended]))
+        return await self._reconcile()
 
-    # Transactions
-
-    async def page(self, ue: str, intent: Intent) -> Grant:
-        """Resolve an intent and grant a lease. Raises Refusal."""
-        requested_ns = self._clock.now_ns()
-        subscriber = self._by_ue.get(ue)
-        if subscriber is None:
-            raise Refusal("UE_UNKNOWN", f"{ue} is not a UE of this network")
-        if all(service.task != intent.task for service in self.catalogue.services):
-            raise Refusal("TASK_UNKNOWN", f"no service does {intent.task}")
-        if intent.qos_profile not in self.catalogue.qos_shares():
-            raise Refusal("QOS_PROFILE_UNKNOWN", f"there is no QoS profile {intent.qos_profile}")
-        resolution = resolve(self.catalogue, intent, self.ledger.slots_used())
-        excluded = list(resolution.excluded)
-        for candidate in resolution.candidates:
-            aisi = candidate.service.aisi
-            if self.ledger.session_of(ue, aisi):
-                raise Refusal("SESSION_EXISTS", f"{ue} already has a session with {aisi}")
-            if self.ledger.slots_used().get(candidate.anchor.name, 0) >= candidate.anchor.slots:
-                excluded.append(_taken_meanwhile(candidate))
-                continue
-            prepared = self._prepare(subscriber, candidate, intent, secrets.token_hex(8))
-            prepared_ns = self._clock.now_ns()
-            if not await self._gateway.ready(candidate.anchor.name, candidate.service.aisi):
-                self._abort(prepared)
-                excluded.append(_not_ready(candidate))
-                continue
-            expires_ns = self._clock.now_ns() + intent.duration_ms * NS_PER_MS
-            granted, committed_ns = self._open(prepared, expires_ns)
-            resolution = replace(resolution, excluded=tuple(excluded))
-            return self._grant(granted, resolution, (requested_ns, prepared_ns, committed_ns))
-        raise Refusal("NO_CANDIDATE", f"no anchor satisfies the intent for {intent.task}", excluded)
-
-    async def relocate(
-        self, session_id: str, target: str | None, *, break_before_make: bool = False
-    ) -> Grant:
-        """Move a session to another anchor (`target`, or the best) without interruption.
-
-        Make-before-break: prepare the target, see it ready, commit the next epoch, flip in one
-        batch, drain the source. If anything fails before the flip, nothing changes for the UE.
-        """
-        requested_ns = self._clock.now_ns()
-        if break_before_make and not self._settings.allow_break_before_make:
-            raise Refusal("NOT_ALLOWED", "break-before-make exists for experiments only")
-        if session_id in self._relocating:
-            raise Refusal("BUSY", f"session {session_id} is being relocated")
-        source = self._committed(session_id)
-        candidate, resolution = self._target(source, target)
-        self._relocating.add(session_id)
-        try:
-            if break_before_make:
-                self._end(source, command=lease.Revoke())
-            subscriber = self._by_ue[source.terms.ue]
-            prepared = self._prepare(subscriber, candidate, source.terms.intent, session_id)
-            prepared_ns = self._clock.now_ns()
-            if not await self._gateway.ready(candidate.anchor.name, candidate.service.aisi):
-                self._abort(prepared)
-                raise Refusal("ANCHOR_NOT_READY", f"{candidate.anchor.name} is not ready")
-            if break_before_make:
-                granted, committed_ns = self._open(prepared, source.deadline_ns)
-            else:
-                granted, committed_ns = self._flip(prepared, source)
-            return self._grant(granted, resolution, (requested_ns, prepared_ns, committed_ns))
-        finally:
-            self._relocating.discard(session_id)
-
-    def renew(self, session_id: str, duration_ms: int) -> Lease:
-        """Let a session's lease end `duration_ms` from now, if that is later than it would."""
-        held = self._committed(session_id)
-        expires_ns = self._clock.now_ns() + duration_ms * NS_PER_MS
-        try:
-            renewed = lease.step(held, lease.Renew(expires_ns), self._clock.now_ns())
-        except LeaseError as error:
-            raise Refusal("NOT_RENEWED", str(error)) from error
-        self.ledger.record(renewed.events)
-        self._enforce([Renew(renewed.lease.binding())], session_id)
-        return renewed.lease
-
-    def release(self, session_id: str) -> None:
-        """End a session and everything it opened."""
-        held = self._committed(session_id)
-        self._end(*self.ledger.draining(session_id), held, command=lease.Release())
-
-    def tick(self) -> int | None:
-        """End what is overdue; return the next deadline (monotonic ns), None if nothing is live."""
+    async def repair(self) -> None:
+        """If the kernel refused to close something: make it agree with the ledger."""
         if self._kernel_disagrees:
-            self._reconcile()
-        now = self._clock.now_ns()
-        overdue = [held for held in self.ledger.live() if held.deadline_ns <= now]
-        self._end(*overdue, command=lease.Tick())
-        return min((held.deadline_ns for held in self.ledger.live()), default=None)
+            await self._reconcile()
 
-    def session(self, session_id: str) -> Session:
-        """Return a session. Raises Refusal if there never was one."""
-        session = self.ledger.session(session_id)
-        if session is None:
-            raise Refusal("SESSION_UNKNOWN", f"there is no session {session_id}")
-        return session
-
-    def ue_by_address(self) -> dict[Address, str]:
-        """Return which UE each address was given to."""
-        return {
-            address: subscriber.ue
-            for subscriber in self._by_ue.values()
-            for address in (subscriber.address4, subscriber.address6)
-        }
-
-    def now_ns(self) -> int:
-        """Return the present of this controller's clock."""
-        return self._clock.now_ns()
-
-    def to_unix_ns(self, monotonic_ns: int) -> int:
-        """Return the Unix time of an instant of this controller's clock."""
-        return self._clock.to_unix_ns(monotonic_ns)
-
-    # Steps
-
-    def _prepare(
-        self, subscriber: Subscriber, candidate: Candidate, intent: Intent, session_id: str
-    ) -> Lease:
-        """Reserve a slot at the candidate's anchor, for a limited time."""
-        service = candidate.service
-        terms = Terms(
-            lease_id=secrets.token_hex(8),
-            session_id=session_id,
-            ue=subscriber.ue,
-            aisi=service.aisi,
-            anchor=candidate.anchor.name,
-            flows=service.flows(subscriber.address4, subscriber.address6),
-            epoch=self.ledger.next_epoch(subscriber.ue, service.aisi),
-            intent=intent,
-        )
-        until_ns = self._clock.now_ns() + self._settings.prepare_ms * NS_PER_MS
-        outcome = lease.prepare(terms, until_ns)
-        self.ledger.record(outcome.events)
-        return outcome.lease
-
-    def _abort(self, prepared: Lease) -> None:
-        """Roll a preparation back, unless its time limit already did."""
-        if self.ledger.lease(prepared.terms.lease_id).state is State.PREPARED:
-            self._end(prepared, command=lease.Abort())
-
-    def _open(self, prepared: Lease, expires_ns: int) -> tuple[Lease, int]:
-        """COMMIT a prepared lease and open its user plane."""
-        granted = self._commit(prepared, expires_ns)
-        self.ledger.record(granted.events)
-        committed_ns = self._clock.now_ns()
-        self._enforce([Install(granted.lease.binding())], prepared.terms.session_id)
-        return granted.lease, committed_ns
-
-    def _flip(self, prepared: Lease, source: Lease) -> tuple[Lease, int]:
-        """COMMIT the new lease and start draining the old one: one write, one batch."""
-        source = self.ledger.lease(source.terms.lease_id)
-        now = self._clock.now_ns()
-        drain_until_ns = now + self._settings.drain_ms * NS_PER_MS
-        try:
-            drained = lease.step(source, lease.Supersede(drain_until_ns), now)
-        except LeaseError as error:  # released, expired or revoked while the target got ready
-            self._abort(prepared)
-            raise Refusal("SESSION_ENDED", str(error)) from error
-        granted = self._commit(prepared, source.deadline_ns)
-        self.ledger.record([*granted.events, *drained.events])
-        committed_ns = self._clock.now_ns()
-        flip = Move(granted.lease.binding(), source.binding(), drained.lease.deadline_ns)
-        self._enforce([flip], prepared.terms.session_id)
-        return granted.lease, committed_ns
-
-    def _commit(self, prepared: Lease, expires_ns: int) -> Outcome:
-        held = self.ledger.lease(prepared.terms.lease_id)
-        try:
-            return lease.step(held, lease.Commit(expires_ns), self._clock.now_ns())
-        except LeaseError as error:
-            self._abort(prepared)
-            raise Refusal("PREPARE_TIMED_OUT", str(error)) from error
-
-    def _end(self, *leases: Lease, command: lease.Command) -> None:
-        """Step leases towards their end: one write, one batch."""
-        now = self._clock.now_ns()
-        outcomes = [(held, lease.step(held, command, now)) for held in leases]
-        self.ledger.record(event for _, outcome in outcomes for event in outcome.events)
-        operations: list[Operation] = []
-        for held, outcome in outcomes:
-            if Effect.CLOSE in outcome.effects:
-                operations.append(Revoke(held.binding()))
-            if Effect.END_DRAIN in outcome.effects:
-                operations.append(EndDrain(held.binding()))
-        self._apply(operations)
-
-    def _enforce(self, operations: Sequence[Operation], session_id: str) -> None:
-        """Change the user plane. If it refuses, the session ends: nobody holds a lease in vain."""
-        try:
-            self._apply(operations)
-        except EnforcementError as error:
-            leases = [h for h in self.ledger.live() if h.terms.session_id == session_id]
-            with suppress(EnforcementError):  # then the kernel's own timeouts close it
-                self._end(*leases, command=lease.Fail())
-            raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
-
-    def _apply(self, operations: Sequence[Operation]) -> None:
-        try:
-            self.enforcer.apply(operations)
-        except EnforcementError:
-            self._kernel_disagrees = True  # the next tick makes it agree with the ledger
-            raise
-
-    def _reconcile(self) -> Reconciliation:
+    async def _reconcile(self) -> Reconciliation:
         committed = [held for held in self.ledger.live() if held.state is State.COMMITTED]
-        reconciliation = self.enforcer.reconcile([held.binding() for held in committed])
+        reconciliation = await self.enforcer.reconcile([held.binding() for held in committed])
         self._kernel_disagrees = False
         return reconciliation
 
-    def _committed(self, session_id: str) -> Lease:
-        self.session(session_id)
-        held = self.ledger.committed(session_id)
-        if held is None or held.deadline_ns <= self._clock.now_ns():
-            raise Refusal("SESSION_ENDED", f"session {session_id} has no live lease")
-        return held
-
-    def _target(self, source: Lease, target: str | None) -> tuple[Candidate, Resolution]:
-        resolution = resolve(
-            self.catalogue,
-            source.terms.intent,
-            self.ledger.slots_used(),
-            only_aisi=source.terms.aisi,
-            not_anchor=source.terms.anchor,
-        )
-        for candidate in resolution.candidates:
-            if target in (None, candidate.anchor.name):
-                return candidate, resolution
-        if target == source.terms.anchor:
-            raise Refusal("ALREADY_THERE", f"the session is at {target}")
-        raise Refusal(
-            "NO_CANDIDATE",
-            f"{target or 'no other anchor'} cannot take {source.terms.aisi}",
-            resolution.excluded,
-        )
-
-    def _grant(self, held: Lease, resolution: Resolution, steps: tuple[int, int, int]) -> Grant:
-        enforced_ns = self._clock.now_ns()
-        unix = self._clock.to_unix_ns
-        token = aist.issue(
-            self._key,
-            ue=held.terms.ue,
-            addresses=[str(flow.ue) for flow in held.terms.flows],
-            aisi=held.terms.aisi,
-            lease_id=held.terms.lease_id,
-            epoch=held.terms.epoch,
-            task=held.terms.intent.task,
-            now_unix_ns=unix(self._clock.now_ns()),
-            lease_expires_unix_ns=unix(held.deadline_ns),
-        )
-        timeline = Timeline(
-            requested_unix_ns=unix(steps[0]),
-            prepared_unix_ns=unix(steps[1]),
-            committed_unix_ns=unix(steps[2]),
-            enforced_unix_ns=unix(enforced_ns),
-        )
-        return Grant(lease=held, token=token, resolution=resolution, timeline=timeline)
+    async def _fail(self, session: Session) -> None:
+        leases = [h for h in self.ledger.leases_of(session) if h.state is not State.ENDED]
+        with suppress(EnforcementError):  # then the kernel's own timeouts close it
+            await self.end(leases, lease.Fail())
 
 
-def _taken_meanwhile(candidate: Candidate) -> Exclusion:
-    """While a better candidate was asked, others took the last slot."""
-    anchor: Anchor = candidate.anchor
-    detail = f"all {anchor.slots} slots are taken"
-    return Exclusion(candidate.service.aisi, anchor.name, "capacity", detail)
+def hashed_key(tenant: str, key: str) -> str:
+    """Return an idempotency key as it is kept: hashed with its tenant."""
+    return hashlib.sha256(f"{tenant}\0{key}".encode()).hexdigest()[:32]
 
 
-def _not_ready(candidate: Candidate) -> Exclusion:
-    anchor: Anchor = candidate.anchor
-    return Exclusion(candidate.service.aisi, anchor.name, "readiness", "did not say it is ready")
+def whole_seconds(duration_ns: int) -> int:
+    """Return a duration as CAMARA gives it: seconds, at least 1."""
+    return max(1, -(-duration_ns // NS_PER_S))

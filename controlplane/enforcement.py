@@ -94,12 +94,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enforced:
-    """One steering element as read back from the kernel."""
+    """One flow of a lease as read back from the kernel."""
 
     lease_id: str
     epoch: int
     flow: Flow
-    anchor: str
+    anchor: str | None
     remaining_ms: int
     usage: Usage
 
@@ -124,23 +124,23 @@ class StaleEpochError(EnforcementError):
 class Enforcer(Protocol):
     """A user plane function as the control plane sees it."""
 
-    def apply(self, operations: Sequence[Operation]) -> None:
+    async def apply(self, operations: Sequence[Operation]) -> None:
         """Apply all operations in one atomic step, or raise EnforcementError and change nothing.
 
         When it returns, the kernel has acknowledged.
         """
 
-    def enforced(self) -> list[Enforced]:
+    async def enforced(self) -> list[Enforced]:
         """Read every live steering element back from the kernel."""
 
-    def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
+    async def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
         """Return what the kernel has counted so far, by lease id.
 
         A lease whose elements are gone (expired, revoked, superseded and drained) is missing.
         """
 
-    def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
+    async def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
         """Make the kernel hold exactly these bindings, with the time each has left."""
 
-    def drops(self) -> dict[str, int]:
+    async def drops(self) -> dict[str, int]:
         """Packets dropped so far, by reason."""

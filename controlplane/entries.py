@@ -1,37 +1,25 @@
 """What an entry of the evidence log looks like, and how one follows from the one before it.
 
 An entry is a line of canonical JSON (RFC 8785). `Chain` is a log as far as it has been read or
-written: it makes the next line, or checks it. No I/O: the journal writes what comes from here, and
-an auditor reads with it.
+written: it makes the next line, or checks it. No I/O: the log writes what comes from here, and an
+auditor reads with it. How each kind of event is written is in `codec`.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
-from typing import Any, TypeVar
+from typing import Any
 
-import rfc8785
+import orjson
 
+from controlplane.canonical import canonical
 from controlplane.clock import Clock, parse_rfc3339, rfc3339
-from controlplane.enforcement import Flow
-from controlplane.intent import Intent
-from controlplane.lease import (
-    Committed,
-    DrainStarted,
-    Ended,
-    EndReason,
-    Event,
-    Prepared,
-    Renewed,
-    Terms,
-)
+from controlplane.codec import Codec, Record
 from controlplane.merkle import Tree, leaf_hash
 
 NO_ENTRY = bytes(32)
-Kind = TypeVar("Kind")
 UTC_CLOCK = Clock(unix_offset_ns=0)  # with it, instants of events are Unix ns
+_NO_DIGEST = "?" * 64  # holds its place while it is computed
 
 
 class EntryError(Exception):
@@ -48,7 +36,7 @@ class Entry:
 
     index: int
     at_ns: int  # when it was made durable, Unix ns
-    event: Event  # its instants are on the clock it was read with
+    event: Record  # its instants are on the clock it was read with
 
 
 class Chain:
@@ -58,24 +46,30 @@ class Chain:
         """`clock` turns the log's UTC into the instants of events, and back."""
         self.tree = Tree()
         self._clock = clock
+        self._codec = Codec(clock)
         self._previous: bytes | None = NO_ENTRY  # None: unknown
         self._next = 0
 
-    def lines(self, events: Sequence[Event]) -> list[bytes]:
+    def lines(self, events: Sequence[Record]) -> list[bytes]:
         """Return the entries of events that happen now; the chain does not change."""
         at = rfc3339(self._clock.to_unix_ns(self._clock.now_ns()))
         previous = self._previous
         assert previous is not None
         lines = []
         for index, event in enumerate(events, start=self._next):
-            entry = {
-                "index": index,
-                "at": at,
-                "previous": previous.hex(),
-                "type": type(event).__name__,
-                **self._encode(event),
-            }
-            line = rfc8785.dumps({**entry, "digest": entry_digest(entry)})
+            line = canonical(
+                {
+                    "at": at,
+                    "digest": _NO_DIGEST,
+                    "index": index,
+                    "previous": previous.hex(),
+                    "type": type(event).__name__,
+                    **self._codec.encode(event),
+                }
+            )
+            before, _, after = line.partition(_member(_NO_DIGEST))
+            digest = hashlib.sha256(before + after).hexdigest()
+            line = before + _member(digest) + after
             previous = leaf_hash(line)
             lines.append(line)
         return lines
@@ -89,20 +83,21 @@ class Chain:
     def check(self, line: bytes) -> Entry:
         """Read a line and take it as the next. Raises EntryError, and has then not taken it."""
         try:
-            members = json.loads(line)
-            rest = rfc8785.dumps({k: v for k, v in members.items() if k != "digest"})
-            if members["digest"] != hashlib.sha256(rest).hexdigest():
+            members = orjson.loads(line)
+            digest = members["digest"]
+            before, _, after = line.partition(_member(digest))
+            if digest != hashlib.sha256(before + after).hexdigest():
                 raise EntryError("is not what its digest says")
-            index = _of_type(int, members["index"])
+            if line != canonical(members):
+                raise EntryError("is not in canonical form")
+            index = members["index"]
+            if type(index) is not int:
+                raise TypeError(f"{index!r} is no index")
             if index != self._next:
                 raise EntryError(f"is numbered {index}", index)
             if self._previous is not None and members["previous"] != self._previous.hex():
                 raise EntryError("is not linked to the entry before it", index)
-            entry = Entry(self._next, parse_rfc3339(members["at"]), self._decode(members))
-            behind_at = rest.index(b",") + 1  # where the digest has its place: members are sorted
-            digest = b'"digest":"%s",' % members["digest"].encode()
-            if line != rest[:behind_at] + digest + rest[behind_at:]:
-                raise EntryError("is not in canonical form")
+            entry = Entry(index, parse_rfc3339(members["at"]), self._codec.decode(members))
         except KeyError as error:
             raise EntryError(f"is damaged (it lacks {error})") from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -118,64 +113,12 @@ class Chain:
         else:
             self._next = index + 1
 
-    def _encode(self, event: Event) -> dict[str, Any]:
-        match event:
-            case Prepared(terms, prepare_until_ns):
-                members = {
-                    "lease_id": terms.lease_id,
-                    "session_id": terms.session_id,
-                    "ue": terms.ue,
-                    "aisi": terms.aisi,
-                    "anchor": terms.anchor,
-                    "flows": [[str(flow.ue), str(flow.service)] for flow in terms.flows],
-                    "epoch": terms.epoch,
-                    "intent": terms.intent.model_dump(mode="json", by_alias=True),
-                }
-                return {"terms": members, "until": self._at(prepare_until_ns)}
-            case Committed(lease_id, until_ns) | Renewed(lease_id, until_ns):
-                return {"lease_id": lease_id, "until": self._at(until_ns)}
-            case DrainStarted(lease_id, until_ns):
-                return {"lease_id": lease_id, "until": self._at(until_ns)}
-            case Ended(lease_id, reason):
-                return {"lease_id": lease_id, "reason": reason.value}
-
-    def _decode(self, members: dict[str, Any]) -> Event:
-        match members["type"]:
-            case "Prepared":
-                terms = dict(members["terms"])
-                terms["flows"] = tuple(
-                    Flow(ip_address(ue), ip_address(service)) for ue, service in terms["flows"]
-                )
-                terms["intent"] = Intent.model_validate(terms["intent"])
-                for name in ("lease_id", "session_id", "ue", "aisi", "anchor"):
-                    _of_type(str, terms[name])
-                _of_type(int, terms["epoch"])
-                return Prepared(Terms(**terms), self._until(members))
-            case "Committed":
-                return Committed(_of_type(str, members["lease_id"]), self._until(members))
-            case "Renewed":
-                return Renewed(_of_type(str, members["lease_id"]), self._until(members))
-            case "DrainStarted":
-                return DrainStarted(_of_type(str, members["lease_id"]), self._until(members))
-            case "Ended":
-                reason = EndReason(members["reason"])
-                return Ended(_of_type(str, members["lease_id"]), reason)
-            case unknown:
-                raise ValueError(f"unknown type {unknown!r}")
-
-    def _at(self, monotonic_ns: int) -> str:
-        return rfc3339(self._clock.to_unix_ns(monotonic_ns))
-
-    def _until(self, members: dict[str, Any]) -> int:
-        return self._clock.from_unix_ns(parse_rfc3339(members["until"]))
-
 
 def entry_digest(members: dict[str, Any]) -> str:
     """Return the digest of an entry's other members."""
-    return hashlib.sha256(rfc8785.dumps(members)).hexdigest()
+    return hashlib.sha256(canonical(members)).hexdigest()
 
 
-def _of_type(kind: type[Kind], value: object) -> Kind:
-    if type(value) is not kind:
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
-    return value
+def _member(digest: str) -> bytes:
+    """Return the member as it is written; others follow it, since keys are sorted."""
+    return b'"digest":"%s",' % digest.encode()

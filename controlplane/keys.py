@@ -64,6 +64,10 @@ class SigningKey:
     def __repr__(self) -> str:
         return f"SigningKey(kid={self.kid!r})"
 
+    def sign_bytes(self, data: bytes) -> bytes:
+        """Return the Ed25519 signature of some bytes (RFC 8032)."""
+        return self._private.sign(data)
+
     def sign(self, typ: str, claims: Mapping[str, object]) -> str:
         """Return the signed token. ValueError if a number among the claims is not finite.
 

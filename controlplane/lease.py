@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from controlplane.enforcement import Binding, Flow
+from controlplane.enforcement import Binding, Flow, Usage
 from controlplane.intent import Intent
 
 
@@ -39,21 +39,46 @@ class EndReason(StrEnum):
     RELEASED = "RELEASED"  # by its UE
     REVOKED = "REVOKED"  # by the operator
     RELOCATED = "RELOCATED"  # superseded by a lease at another anchor, and drained
+    REPAGED = "REPAGED"  # no anchor of its service was left; another session took over
+    PREEMPTED = "PREEMPTED"  # its capacity went to a lease of higher priority (ARP)
+    ANCHOR_FAILED = "ANCHOR_FAILED"  # its anchor died
+    POLICY = "POLICY"  # its tenant's policy does not allow it any more
+    CELL_FULL = "CELL_FULL"  # the cell that its UE has moved to has no room for it
     NOT_ENFORCED = "NOT_ENFORCED"  # the user plane could not be brought to it
+
+
+# Those with which the network, not its UE, may take a lease back.
+TAKEN_BACK = (
+    *(EndReason.REVOKED, EndReason.REPAGED, EndReason.PREEMPTED),
+    *(EndReason.ANCHOR_FAILED, EndReason.POLICY, EndReason.CELL_FULL),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What a lease is about; fixed when it is prepared."""
+    """What a lease is about; fixed when it is prepared.
+
+    Without an anchor it is about QoS alone, towards servers that the application knows.
+    """
 
     lease_id: str
     session_id: str
+    cause: str  # what asked for it: PAGE, or the trigger of a relocation
+    tenant: str
     ue: str  # UE identity
     aisi: str
-    anchor: str
+    anchor: str | None
     flows: tuple[Flow, ...]
     epoch: int
-    intent: Intent
+    qos_profile: str
+    cell: str | None  # whose capacity it shares
+    downlink_bps: int  # reserved in the cell and on N6
+    uplink_bps: int
+    priority_level: int  # ARP (TS 23.501, 5.7.2.2): 1 to 15, 1 is the most important
+    preemptible: bool  # pre-emption vulnerability
+    intent: Intent | None = None  # of a page
+    request: str | None = None  # canonical JSON of a request for QoS alone, without credentials
+    key: str | None = None  # idempotency key, hashed with its tenant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +89,7 @@ class Lease:
     state: State
     deadline_ns: int  # of the present state: prepare time-out, expiry, or end of drain
     end_reason: EndReason | None = None
+    usage: Usage | None = None  # closing counts
 
     def binding(self) -> Binding:
         """Return what this lease authorises in the user plane."""
@@ -72,7 +98,7 @@ class Lease:
             epoch=self.terms.epoch,
             flows=self.terms.flows,
             anchor=self.terms.anchor,
-            qos_profile=self.terms.intent.qos_profile,
+            qos_profile=self.terms.qos_profile,
             expires_ns=self.deadline_ns,
         )
 
@@ -108,7 +134,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Revoke:
-    """The operator takes the lease back."""
+    """The network takes the lease back, for a reason among TAKEN_BACK."""
+
+    reason: EndReason = EndReason.REVOKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +162,7 @@ Command = Commit | Renew | Supersede | Release | Revoke | Fail | Abort | Tick
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An anchor slot is reserved under these terms."""
+    """What these terms need is reserved: an anchor's slot, and bandwidth."""
 
     terms: Terms
     prepare_until_ns: int
@@ -166,10 +194,15 @@ class DrainStarted:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The lease is over."""
+    """The lease is over.
+
+    `usage` is what the kernel had counted at `counted_ns`; None if it could not be read any more.
+    """
 
     lease_id: str
     reason: EndReason
+    usage: Usage | None = None
+    counted_ns: int = 0
 
 
 Event = Prepared | Committed | Renewed | DrainStarted | Ended
@@ -183,7 +216,7 @@ class Effect(StrEnum):
     DRAIN = "DRAIN"  # keep the old anchor's answers until the deadline
     CLOSE = "CLOSE"  # the user plane of this lease
     END_DRAIN = "END_DRAIN"
-    FREE_SLOT = "FREE_SLOT"  # on the anchor
+    FREE = "FREE"  # what it had reserved
 
 
 class LeaseError(Exception):
@@ -208,7 +241,7 @@ class Outcome:
 
 
 def prepare(terms: Terms, prepare_until_ns: int) -> Outcome:
-    """Begin a lease: the caller has reserved a slot, until this instant at the latest."""
+    """Begin a lease: the caller has reserved what it needs, until this instant at the latest."""
     event = Prepared(terms, prepare_until_ns)
     return Outcome(evolve(None, event), (event,))
 
@@ -232,8 +265,8 @@ def evolve(lease: Lease | None, event: Event) -> Lease:
             return replace(lease, state=State.COMMITTED, deadline_ns=expires_ns)
         case DrainStarted(_, until_ns):
             return replace(lease, state=State.DRAINING, deadline_ns=until_ns)
-        case Ended(_, reason):
-            return replace(lease, state=State.ENDED, end_reason=reason)
+        case Ended(_, reason, usage, _):
+            return replace(lease, state=State.ENDED, end_reason=reason, usage=usage)
 
 
 def _outcome(lease: Lease, event: Event, *effects: Effect) -> Outcome:
@@ -271,7 +304,17 @@ Transition = Callable[[Lease, Command, int], Outcome]
 
 def _end(reason: EndReason, *effects: Effect) -> Transition:
     def transition(lease: Lease, command: Command, now_ns: int) -> Outcome:
-        return _outcome(lease, Ended(lease.terms.lease_id, reason), *effects, Effect.FREE_SLOT)
+        return _outcome(lease, Ended(lease.terms.lease_id, reason), *effects, Effect.FREE)
+
+    return transition
+
+
+def _take_back(*effects: Effect) -> Transition:
+    def transition(lease: Lease, command: Command, now_ns: int) -> Outcome:
+        assert isinstance(command, Revoke)
+        if command.reason not in TAKEN_BACK:
+            raise LeaseError(lease, command, f"cannot be for {command.reason}")
+        return _end(command.reason, *effects)(lease, command, now_ns)
 
     return transition
 
@@ -295,11 +338,11 @@ TRANSITIONS: dict[tuple[State, type[Command]], Transition] = {
     (State.COMMITTED, Renew): _renew,
     (State.COMMITTED, Supersede): _supersede,
     (State.COMMITTED, Release): _end(EndReason.RELEASED, Effect.CLOSE),
-    (State.COMMITTED, Revoke): _end(EndReason.REVOKED, Effect.CLOSE),
+    (State.COMMITTED, Revoke): _take_back(Effect.CLOSE),
     (State.COMMITTED, Fail): _end(EndReason.NOT_ENFORCED, Effect.CLOSE),
     (State.COMMITTED, Tick): _at_deadline(_end(EndReason.EXPIRED, Effect.CLOSE)),
     (State.DRAINING, Release): _end(EndReason.RELEASED, Effect.END_DRAIN),
-    (State.DRAINING, Revoke): _end(EndReason.REVOKED, Effect.END_DRAIN),
+    (State.DRAINING, Revoke): _take_back(Effect.END_DRAIN),
     (State.DRAINING, Fail): _end(EndReason.NOT_ENFORCED, Effect.END_DRAIN),
     (State.DRAINING, Tick): _at_deadline(_end(EndReason.RELOCATED, Effect.END_DRAIN)),
     (State.ENDED, Tick): _nothing,

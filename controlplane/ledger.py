@@ -1,15 +1,35 @@
-"""The ledger: every lease and session as the journal tells it, and the only way to change them.
+"""The ledger: all that the evidence log tells, folded: leases, sessions, anchors, cells, policies.
 
-`record` makes events durable and then folds them in, so that memory never runs ahead of evidence.
+Nothing here decides, and nothing but `fold` changes anything: an event is folded once it is
+durable, so that memory never runs ahead of evidence. Ended sessions are kept for a while, to be
+asked for; the log has them for ever.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
-from controlplane.evidence import Journal
-from controlplane.lease import Event, Lease, Prepared, State, evolve
+from controlplane.admission import Demand, Pools
+from controlplane.clock import NS_PER_S
+from controlplane.codec import Record
+from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
+from controlplane.fleet import Fleet
+from controlplane.lease import (
+    Committed,
+    DrainStarted,
+    Ended,
+    Lease,
+    Prepared,
+    Renewed,
+    State,
+    Terms,
+    evolve,
+)
+from controlplane.policy import Policy
 
-LIVE = (State.PREPARED, State.COMMITTED, State.DRAINING)
+RETAIN_NS = 600 * NS_PER_S  # CAMARA Quality-on-Demand asks for 360 s
+MAX_RETAINED = 10_000  # ended sessions
 
 
 @dataclass(slots=True)
@@ -17,107 +37,263 @@ class Session:
     """One UE's use of one AI service; its leases come and go, its service address stays."""
 
     session_id: str
+    tenant: str
     ue: str
     aisi: str
-    lease_ids: list[str]
+    lease_ids: list[str] = field(default_factory=list)
+    live: int = 0  # leases that have not ended
+    started_ns: int | None = None  # its first COMMIT
+    ended_ns: int | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a tenant's live sessions hold together."""
+
+    sessions: int = 0
+    downlink_bps: int = 0  # guaranteed
+    uplink_bps: int = 0
+
+
+def demand(terms: Terms) -> Demand:
+    """Return what a lease under these terms needs."""
+    return Demand(
+        anchor=terms.anchor,
+        cell=terms.cell,
+        downlink_bps=terms.downlink_bps,
+        uplink_bps=terms.uplink_bps,
+    )
 
 
 class Ledger:
     """Leases by id, sessions by id, and what follows from them."""
 
-    def __init__(self, journal: Journal) -> None:
-        """Rebuild everything from the journal."""
-        self._journal = journal
+    def __init__(self, fleet: Fleet, pools: Pools) -> None:
+        """`fleet` and `pools` as configured, before any event."""
+        self.fleet = fleet
+        self.pools = pools
+        self.cells: dict[str, str] = {}  # where a mobility report has put a UE
+        self.policies: dict[str, Policy] = {}  # set over the API
         self._leases: dict[str, Lease] = {}
-        self._live: dict[str, Lease] = {}
         self._sessions: dict[str, Session] = {}
-        self._latest_session: dict[tuple[str, str], Session] = {}
+        self._current: dict[tuple[str, str], Session] = {}  # live ones, by UE and service
         self._epochs: dict[tuple[str, str], int] = {}
-        self._slots_used: dict[str, int] = {}
-        for event in journal.replay():
-            self._fold(event)
+        self._by_ue: defaultdict[str, dict[str, Session]] = defaultdict(dict)  # live
+        self._held: dict[str, Held] = {}  # by tenant
+        self._by_tenant: defaultdict[str, dict[str, Session]] = defaultdict(dict)  # live
+        self._by_anchor: defaultdict[str, set[str]] = defaultdict(set)  # live lease ids
+        self._by_key: dict[str, Session] = {}
+        self._deadlines: list[tuple[int, str]] = []  # a heap; outdated ones are passed over
+        self._ended: deque[Session] = deque()
+        self._live = 0
 
-    def record(self, events: Iterable[Event]) -> None:
-        """Make events durable, then let them take effect here."""
-        events = list(events)
-        if events:
-            self._journal.append(events)
-            for event in events:
-                self._fold(event)
+    # What there is
 
     def lease(self, lease_id: str) -> Lease:
-        """Return a lease. KeyError if there never was one."""
+        """Return a lease. KeyError if there is none, or none any more."""
         return self._leases[lease_id]
+
+    def find_lease(self, lease_id: str) -> Lease | None:
+        """Return a lease; None if there is none, or none any more."""
+        return self._leases.get(lease_id)
 
     def live(self) -> Iterator[Lease]:
         """Yield the leases that have not ended."""
-        return iter(list(self._live.values()))
+        for session in list(self._current.values()):
+            for lease_id in session.lease_ids:
+                lease = self._leases[lease_id]
+                if lease.state is not State.ENDED:
+                    yield lease
+
+    @property
+    def live_leases(self) -> int:
+        """Number of leases that have not ended."""
+        return self._live
+
+    @property
+    def live_sessions(self) -> int:
+        """Number of sessions with a live lease."""
+        return len(self._current)
 
     def session(self, session_id: str) -> Session | None:
-        """Return a session; None if there never was one."""
+        """Return a session; None if there is none, or none any more."""
         return self._sessions.get(session_id)
 
-    def sessions(self) -> list[Session]:
-        """Return the sessions that have a live lease."""
-        ids = {lease.terms.session_id for lease in self._live.values()}
-        return [session for session in self._sessions.values() if session.session_id in ids]
+    def sessions(self, *, ue: str | None = None, tenant: str | None = None) -> list[Session]:
+        """Return live sessions: all, a UE's, or a tenant's."""
+        if ue is not None:
+            return list(self._by_ue.get(ue, {}).values())
+        if tenant is not None:
+            return list(self._by_tenant.get(tenant, {}).values())
+        return list(self._current.values())
 
-    def committed(self, session_id: str) -> Lease | None:
-        """Return the lease that steers a session now; None if there is none."""
-        found = self._in_state(session_id, State.COMMITTED)
-        return found[-1] if found else None
-
-    def draining(self, session_id: str) -> list[Lease]:
-        """Return a session's leases that are being drained."""
-        return self._in_state(session_id, State.DRAINING)
-
-    def _in_state(self, session_id: str, state: State) -> list[Lease]:
-        session = self._sessions.get(session_id)
-        leases = [self._leases[lease_id] for lease_id in session.lease_ids] if session else []
-        return [lease for lease in leases if lease.state is state]
+    def held_by(self, tenant: str) -> Held:
+        """Return what a tenant's live sessions hold together."""
+        return self._held.get(tenant, Held())
 
     def session_of(self, ue: str, aisi: str) -> Session | None:
         """Return the live session of a UE with a service; None if there is none."""
-        session = self._latest_session.get((ue, aisi))
-        if session and any(lease_id in self._live for lease_id in session.lease_ids):
-            return session
-        return None
+        return self._current.get((ue, aisi))
+
+    def session_of_key(self, key: str) -> Session | None:
+        """Return the session that was made under an idempotency key."""
+        return self._by_key.get(key)
+
+    def at_anchor(self, anchor: str) -> list[Lease]:
+        """Return the live leases at an anchor."""
+        return [self._leases[lease_id] for lease_id in self._by_anchor.get(anchor, ())]
+
+    def leases_of(self, session: Session) -> list[Lease]:
+        """Return a session's leases, oldest first."""
+        return [self._leases[lease_id] for lease_id in session.lease_ids]
+
+    def in_state(self, session: Session, state: State) -> list[Lease]:
+        """Return a session's leases in a state, oldest first."""
+        return [lease for lease in self.leases_of(session) if lease.state is state]
+
+    def committed(self, session: Session) -> Lease | None:
+        """Return the lease that steers a session now; None if there is none."""
+        return next(reversed(self.in_state(session, State.COMMITTED)), None)
 
     def next_epoch(self, ue: str, aisi: str) -> int:
         """Return an epoch above every earlier one of this UE and service (fencing)."""
         return self._epochs.get((ue, aisi), 0) + 1
 
-    def slots_used(self) -> dict[str, int]:
-        """Return reserved or occupied slots, by anchor."""
-        return dict(self._slots_used)
+    # Deadlines
 
-    @property
-    def journal(self) -> Journal:
-        """The evidence log; for reading."""
-        return self._journal
+    def next_deadline_ns(self) -> int | None:
+        """Return when the next live lease is due; None if there is none."""
+        while self._deadlines:
+            deadline_ns, lease_id = self._deadlines[0]
+            if self._is_due_at(lease_id, deadline_ns):
+                return deadline_ns
+            heapq.heappop(self._deadlines)
+        return None
 
-    def evidence(self) -> tuple[int, bytes]:
-        """Return the number of journal entries and their Merkle root."""
-        return self._journal.size, self._journal.root()
+    def due(self, by_ns: int) -> list[Lease]:
+        """Return the live leases whose deadline is not after `by_ns`, and take them off the list.
 
-    def _fold(self, event: Event) -> None:
-        if isinstance(event, Prepared):
-            terms = event.terms
-            lease_id = terms.lease_id
-            session = self._sessions.setdefault(
-                terms.session_id, Session(terms.session_id, terms.ue, terms.aisi, [])
-            )
-            session.lease_ids.append(lease_id)
-            pair = (terms.ue, terms.aisi)
-            self._latest_session[pair] = session
-            self._epochs[pair] = max(self._epochs.get(pair, 0), terms.epoch)
-            self._slots_used[terms.anchor] = self._slots_used.get(terms.anchor, 0) + 1
-        else:
-            lease_id = event.lease_id
-        lease = evolve(self._leases.get(lease_id), event)
-        self._leases[lease_id] = lease
-        if lease.state is State.ENDED:
-            if self._live.pop(lease_id, None) is not None:
-                self._slots_used[lease.terms.anchor] -= 1
-        else:
-            self._live[lease_id] = lease
+        Those that do not end for it are to be put back with `remind`.
+        """
+        found = []
+        while self._deadlines and self._deadlines[0][0] <= by_ns:
+            deadline_ns, lease_id = heapq.heappop(self._deadlines)
+            if self._is_due_at(lease_id, deadline_ns):
+                found.append(self._leases[lease_id])
+        return found
+
+    def remind(self, lease: Lease) -> None:
+        """Put a lease back on the list of deadlines."""
+        heapq.heappush(self._deadlines, (lease.deadline_ns, lease.terms.lease_id))
+
+    def _is_due_at(self, lease_id: str, deadline_ns: int) -> bool:
+        lease = self._leases.get(lease_id)
+        return (
+            lease is not None
+            and lease.state is not State.ENDED
+            and lease.deadline_ns == deadline_ns
+        )
+
+    # Changes
+
+    def fold(self, event: Record, at_ns: int) -> None:
+        """Let a durable event take effect. `at_ns`: when it happened, CLOCK_MONOTONIC."""
+        match event:
+            case Prepared():
+                self._prepared(event)
+            case Committed() | Renewed() | DrainStarted():
+                lease = self._evolve(event)
+                session = self._sessions[lease.terms.session_id]
+                if session.started_ns is None:
+                    session.started_ns = at_ns
+            case Ended():
+                self._end(event, at_ns)
+            case UeMoved(ue, cell):
+                self.cells[ue] = cell
+                for session in self.sessions(ue=ue):
+                    self.pools.move_cell(session.session_id, cell)
+            case PolicySet(tenant, policy):
+                self.policies[tenant] = policy
+            case Started() | Acknowledged():
+                pass
+            case _:
+                self.fleet.fold(event)
+
+    def forget(self, now_ns: int) -> None:
+        """Drop sessions that ended too long ago, or too many of them."""
+        while self._ended and (
+            len(self._ended) > MAX_RETAINED or (self._ended[0].ended_ns or 0) <= now_ns - RETAIN_NS
+        ):
+            session = self._ended.popleft()
+            if session.live or self._sessions.get(session.session_id) is not session:
+                continue  # it began anew (break-before-make), or is forgotten already
+            for lease_id in session.lease_ids:
+                del self._leases[lease_id]
+            del self._sessions[session.session_id]
+            if session.key is not None:
+                self._by_key.pop(session.key, None)
+
+    def _evolve(self, event: Committed | Renewed | DrainStarted) -> Lease:
+        lease = evolve(self._leases[event.lease_id], event)
+        self._leases[event.lease_id] = lease
+        self.remind(lease)
+        return lease
+
+    def _prepared(self, event: Prepared) -> None:
+        terms = event.terms
+        session = self._sessions.get(terms.session_id)
+        if session is None:
+            session = Session(terms.session_id, terms.tenant, terms.ue, terms.aisi, key=terms.key)
+            self._sessions[terms.session_id] = session
+            if terms.key is not None:
+                self._by_key[terms.key] = session
+        if not session.live:
+            self._current[terms.ue, terms.aisi] = session
+            self._by_ue[terms.ue][session.session_id] = session
+            self._by_tenant[terms.tenant][session.session_id] = session
+            self._count(terms, 1)
+        session.live += 1
+        self._live += 1
+        session.lease_ids.append(terms.lease_id)
+        pair = (terms.ue, terms.aisi)
+        self._epochs[pair] = max(self._epochs.get(pair, 0), terms.epoch)
+        if terms.anchor is not None:
+            self._by_anchor[terms.anchor].add(terms.lease_id)
+        lease = evolve(None, event)
+        self._leases[terms.lease_id] = lease
+        self.remind(lease)
+        self.pools.hold(terms.lease_id, terms.session_id, demand(terms))
+
+    def _end(self, event: Ended, at_ns: int) -> None:
+        lease = evolve(self._leases[event.lease_id], event)
+        self._leases[event.lease_id] = lease
+        terms = lease.terms
+        self.pools.release(terms.lease_id)
+        if terms.anchor is not None:
+            self._by_anchor[terms.anchor].discard(terms.lease_id)
+        session = self._sessions[terms.session_id]
+        session.live -= 1
+        self._live -= 1
+        if not session.live:
+            session.ended_ns = at_ns
+            del self._current[terms.ue, terms.aisi]
+            _discard(self._by_ue, terms.ue, session.session_id)
+            _discard(self._by_tenant, terms.tenant, session.session_id)
+            self._count(terms, -1)
+            self._ended.append(session)
+
+    def _count(self, terms: Terms, sessions: int) -> None:
+        """Add a session under these terms to what its tenant holds, or (-1) take it off."""
+        held = self._held.get(terms.tenant, Held())
+        self._held[terms.tenant] = Held(
+            held.sessions + sessions,
+            held.downlink_bps + sessions * terms.downlink_bps,
+            held.uplink_bps + sessions * terms.uplink_bps,
+        )
+
+
+def _discard(index: defaultdict[str, dict[str, Session]], of: str, session_id: str) -> None:
+    del index[of][session_id]
+    if not index[of]:
+        del index[of]

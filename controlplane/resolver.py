@@ -1,23 +1,47 @@
 """Resolution: from an intent to a ranked list of candidates, and why each other was excluded.
 
-Hard constraints first: a candidate that breaks one is excluded, with the constraint's name. What
-is left is ranked by a score; lower is better:
+Hard constraints first: a candidate that breaks one is excluded, with the name of the first that it
+breaks. What is left is ranked by a score; lower is better:
 
-    score = latency_ms / LATENCY_SCALE_MS + cost / COST_SCALE + load
+    score = latency_ms / LATENCY_SCALE_MS + cost / COST_SCALE + load + TEXT_SCALE * (1 - relevance)
 
-where latency is the expected path round trip plus the service time, cost is per 1,000 requests
-and load is the fraction of the anchor's slots in use. Each scale is what weighs as much as an
-idle anchor filling up entirely. Ties go to the anchor's name, so that the choice is reproducible.
+where latency is the path's round trip plus the service time, cost is per 1,000 requests, load is
+the larger of the fraction of slots in use and what the anchor reports, and relevance (0 to 1) is
+how well the service fits a description in free text; without one the last term is left out. Each
+scale is what weighs as much as an idle anchor filling up entirely. Ties go to the anchor's name, so
+that the choice is reproducible.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
-from controlplane.catalogue import Anchor, Catalogue, Service
+from controlplane.catalogue import Anchor, Catalogue, Hosting, Service
 from controlplane.intent import Intent
 
 LATENCY_SCALE_MS = 100.0
 COST_SCALE = 10.0
+TEXT_SCALE = 1.0
+
+
+class AnchorState(StrEnum):
+    """Whether an anchor takes sessions."""
+
+    UP = "UP"
+    DRAINING = "DRAINING"
+    DOWN = "DOWN"
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorView:
+    """An anchor as it is now."""
+
+    anchor: Anchor
+    slots_used: int
+    state: AnchorState
+    load: float  # 0 to 1, as it reports; 0 if it does not
+    latency_ms: float | None  # of a request there, measured; None: as its hosting expects
+    ready_aisis: frozenset[str] | None  # None: it does not say, and must be asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +52,7 @@ class Candidate:
     anchor: Anchor
     latency_ms: float
     score: float
+    ready: bool | None  # whether the anchor has said so; None: it must be asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +67,47 @@ class Exclusion:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Candidates, best first, and exclusions."""
+    """Candidates, best first, and exclusions.
+
+    `full` would be candidates if they had a slot: pre-emption may give them one. They are among
+    the exclusions too.
+    """
 
     candidates: tuple[Candidate, ...]
     excluded: tuple[Exclusion, ...]
+    full: tuple[Candidate, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Offer:
+    catalogue: Catalogue
     service: Service
+    view: AnchorView
     anchor: Anchor
+    hosting: Hosting
     latency_ms: float
-    used: int
 
 
 _Constraint = Callable[[Intent, _Offer], str | None]
+Extra = Callable[[Service, Anchor], tuple[str, str] | None]
+Rank = Callable[[Catalogue, str, Sequence[Service]], Sequence[float]]
+
+
+def _state(intent: Intent, offer: _Offer) -> str | None:
+    return None if offer.view.state is AnchorState.UP else f"is {offer.view.state}"
 
 
 def _region(intent: Intent, offer: _Offer) -> str | None:
     if intent.regions and offer.anchor.region not in intent.regions:
         return f"{offer.anchor.region} is not among {', '.join(intent.regions)}"
+    return None
+
+
+def _premises(intent: Intent, offer: _Offer) -> str | None:
+    if intent.on_premises and not (
+        offer.anchor.on_premises and offer.catalogue.is_operator(offer.anchor.provider)
+    ):
+        return "is not on the operator's premises"
     return None
 
 
@@ -77,62 +123,123 @@ def _latency(intent: Intent, offer: _Offer) -> str | None:
     return None
 
 
+def _rate(intent: Intent, offer: _Offer) -> str | None:
+    wanted, has = intent.min_rate_rps, offer.hosting.rate_rps
+    if wanted is not None and (has is None or has < wanted):
+        said = "unknown" if has is None else f"{has:g}"
+        return f"{said} requests/s, asked for {wanted:g} or more"
+    return None
+
+
+def _accuracy(intent: Intent, offer: _Offer) -> str | None:
+    if intent.min_accuracy is None:
+        return None
+    model = offer.catalogue.model_of(offer.service)
+    has = None if model is None else model.accuracy
+    if has is None or has < intent.min_accuracy:
+        said = "unknown" if has is None else f"{has:g}"
+        return f"accuracy {said}, asked for {intent.min_accuracy:g} or more"
+    return None
+
+
 def _cost(intent: Intent, offer: _Offer) -> str | None:
     if intent.max_cost is not None and offer.anchor.cost > intent.max_cost:
         return f"costs {offer.anchor.cost:g}, at most {intent.max_cost:g} allowed"
     return None
 
 
-def _capacity(intent: Intent, offer: _Offer) -> str | None:
-    if offer.used >= offer.anchor.slots:
-        return f"all {offer.anchor.slots} slots are taken"
+def _readiness(intent: Intent, offer: _Offer) -> str | None:
+    ready = offer.view.ready_aisis
+    if ready is not None and offer.service.aisi not in ready:
+        return f"does not say that {offer.service.aisi} is ready"
     return None
 
 
 CONSTRAINTS: dict[str, _Constraint] = {
+    "state": _state,
     "region": _region,
+    "premises": _premises,
     "trustTier": _trust_tier,
     "latency": _latency,
+    "rate": _rate,
+    "accuracy": _accuracy,
     "cost": _cost,
-    "capacity": _capacity,
+    "readiness": _readiness,
 }
+CAPACITY = "capacity"  # comes last: what is excluded by it alone is `full`
 
 
 def resolve(
     catalogue: Catalogue,
     intent: Intent,
-    slots_used: Mapping[str, int],
+    anchors: Iterable[AnchorView],
     *,
     only_aisi: str | None = None,
     not_anchor: str | None = None,
+    cell: str | None = None,
+    extra: Extra | None = None,
+    rank: Rank | None = None,
 ) -> Resolution:
     """Rank what can serve an intent now.
 
-    `slots_used`: by anchor name. `only_aisi` and `not_anchor` narrow a relocation: the same
-    service, somewhere else.
+    `only_aisi` and `not_anchor` narrow a relocation: the same service, somewhere else. `cell`:
+    where the UE is. `extra` returns a constraint and a detail to exclude something else by;
+    `rank`, the relevance of services to a description.
     """
+    services = [
+        service
+        for service in catalogue.services_for(intent.task)
+        if only_aisi is None or service.aisi == only_aisi
+    ]
+    views = [view for view in anchors if view.anchor.name != not_anchor]
+    text = dict.fromkeys((service.aisi for service in services), 0.0)
+    if intent.description is not None and rank is not None and len(services) > 1:
+        for service, relevance in zip(
+            services, rank(catalogue, intent.description, services), strict=True
+        ):
+            text[service.aisi] = TEXT_SCALE * (1 - relevance)
     candidates: list[Candidate] = []
+    full: list[Candidate] = []
     excluded: list[Exclusion] = []
-    for service in catalogue.services:
-        if service.task != intent.task or (only_aisi is not None and service.aisi != only_aisi):
-            continue
-        for anchor in catalogue.anchors:
-            hosting = anchor.hosting(service.aisi)
-            if hosting is None or anchor.name == not_anchor:
+    for service in services:
+        aisi = service.aisi
+        for view in views:
+            anchor = view.anchor
+            hosting = anchor.hosting(aisi)
+            if hosting is None:
                 continue
-            used = slots_used.get(anchor.name, 0)
-            offer = _Offer(service, anchor, anchor.path_rtt_ms + hosting.service_time_ms, used)
-            for name, constraint in CONSTRAINTS.items():
-                detail = constraint(intent, offer)
-                if detail is not None:
-                    excluded.append(Exclusion(service.aisi, anchor.name, name, detail))
-                    break
+            path_ms = anchor.path_rtt_ms
+            if cell is not None and anchor.path_rtt_ms_from:
+                path_ms = anchor.path_rtt_ms_from.get(cell, path_ms)
+            measured_ms = view.latency_ms
+            latency_ms = path_ms + (hosting.service_time_ms if measured_ms is None else measured_ms)
+            offer = _Offer(catalogue, service, view, anchor, hosting, latency_ms)
+            broken = _broken(intent, offer) or (extra and extra(service, anchor))
+            if broken:
+                excluded.append(Exclusion(aisi, anchor.name, *broken))
+                continue
+            load = max(view.slots_used / anchor.slots, view.load)
+            score = latency_ms / LATENCY_SCALE_MS + anchor.cost / COST_SCALE + load + text[aisi]
+            ready = None if view.ready_aisis is None else True
+            candidate = Candidate(service, anchor, latency_ms, score, ready)
+            if view.slots_used < anchor.slots:
+                candidates.append(candidate)
             else:
-                score = (
-                    offer.latency_ms / LATENCY_SCALE_MS
-                    + anchor.cost / COST_SCALE
-                    + used / anchor.slots
-                )
-                candidates.append(Candidate(service, anchor, offer.latency_ms, score))
-    candidates.sort(key=lambda candidate: (candidate.score, candidate.anchor.name))
-    return Resolution(tuple(candidates), tuple(excluded))
+                full.append(candidate)
+                detail = f"all {anchor.slots} slots are taken"
+                excluded.append(Exclusion(aisi, anchor.name, CAPACITY, detail))
+    for found in (candidates, full):
+        found.sort(key=_order)
+    return Resolution(tuple(candidates), tuple(excluded), tuple(full))
+
+
+def _broken(intent: Intent, offer: _Offer) -> tuple[str, str] | None:
+    for name, constraint in CONSTRAINTS.items():
+        detail = constraint(intent, offer)
+        if detail is not None:
+            return name, detail
+    return None
+
+
+def _order(candidate: Candidate) -> tuple[float, str]:
+    return candidate.score, candidate.anchor.name

@@ -11,7 +11,7 @@ import click
 
 from controlplane.catalogue import load_catalogue
 from scripts.errors import EXIT_FAILED, UserError, require_root
-from scripts.experiments.common import BUILT_IN_CATALOGUE, EVIDENCE_FILE
+from scripts.experiments.common import BUILT_IN_CATALOGUE, STATE_FOLDER
 from scripts.testbed import CONTROL_PORT, Testbed, check
 from topologies import addressing, lifecycle
 from topologies.endpoints import ue
@@ -30,12 +30,12 @@ from upf.features import probe
     help="Services and anchors; by default topologies/catalogue.yaml.",
 )
 @click.option(
-    "--evidence",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where to keep the evidence log; by default it goes with the network.",
+    "--state",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the control plane keeps its store and keys; by default they go with the network.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
-def up(file: str, catalogue: Path, evidence: Path | None, as_json: bool) -> None:
+def up(file: str, catalogue: Path, state: Path | None, as_json: bool) -> None:
     """Start the network of FILE (or a built-in one), its anchors and its controller.
 
     \b
@@ -51,11 +51,11 @@ def up(file: str, catalogue: Path, evidence: Path | None, as_json: bool) -> None
     services = load_catalogue(catalogue)
     check(spec, services)
     features = probe()
-    journal = evidence.resolve() if evidence else None
+    kept = state.resolve() if state else None
 
     def furnish(network: Network) -> AbstractContextManager[object]:
         folder = scratch_dir()
-        return Testbed(network, services, features, folder, journal or folder / EVIDENCE_FILE)
+        return Testbed(network, services, features, folder, kept or folder / STATE_FOLDER)
 
     registration = lifecycle.up(spec, furnish)
     if as_json:

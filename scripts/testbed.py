@@ -1,6 +1,7 @@
 """The testbed: an emulated network with its anchors and its controller running in it."""
 
 import json
+import math
 import select
 import subprocess
 import sys
@@ -12,19 +13,17 @@ from typing import Any, Self
 
 import httpx
 
-from controlplane import aist
 from controlplane.catalogue import Catalogue
 from controlplane.configfile import ConfigError
 from controlplane.controller import Settings, Subscriber
-from scripts.controller import ControllerConfig, write_config
 from scripts.errors import UserError
-from scripts.evidence_files import CHECKPOINT_FILE, write
+from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, write
+from scripts.serve import CellConfig, ServeConfig, write_config
 from topologies.hosts import Anchor, Host, Ue
 from topologies.linux import set_priority
 from topologies.network import Network
 from topologies.spec import TopologySpec
-from upf import qos
-from upf.config import AnchorPort, Attachment, GateConfig
+from upf.config import AnchorPort
 from upf.features import Features
 
 CONTROL_PORT = 8080
@@ -32,6 +31,8 @@ OPERATOR_SOCKET = "controller.sock"
 # The probes' load shares the machine's few cores with the control plane, as it would not outside
 # an emulation. Controller and anchors go before it.
 NICE = -15
+# The network is emulated on few cores: an anchor's silence of 200 ms may be the machine's.
+FAILURE_DETECTION_MS = 2_000
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 10.0
@@ -51,8 +52,9 @@ def check(spec: TopologySpec, catalogue: Catalogue) -> None:
 class Testbed:
     """The programs on an emulated network; a context manager.
 
-    `folder` is for sockets, keys and logs; `journal` is the evidence log, on a real disk. Raises
-    UserError with a program's own words if one does not start or has died.
+    `folder` is for inputs, sockets and logs; `state` is the control plane's own, on a real disk:
+    its store and keys. Raises UserError with a program's own words if one does not start or has
+    died.
     """
 
     def __init__(
@@ -61,16 +63,18 @@ class Testbed:
         catalogue: Catalogue,
         features: Features,
         folder: Path,
-        journal: Path,
+        state: Path,
         *,
         settings: Settings | None = None,
+        failure_detection_ms: int = FAILURE_DETECTION_MS,
     ) -> None:
         self.catalogue = catalogue
         self.network = network
         self._features = features
         self._folder = folder
-        self.journal = journal
+        self.state = state
         self._settings = settings or Settings()
+        self._failure_detection_ms = failure_detection_ms
         self._stack = ExitStack()
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -80,6 +84,7 @@ class Testbed:
             for anchor in self.catalogue.anchors:
                 self._start_anchor(self.network.anchors[anchor.name])
             self.start_controller()
+            stack.callback(self._stop_controller)
             self.operator = stack.enter_context(
                 httpx.Client(
                     transport=httpx.HTTPTransport(uds=str(self.operator_socket)),
@@ -108,7 +113,7 @@ class Testbed:
 
     def start_controller(self) -> None:
         """Start the controller and wait until it serves."""
-        command = [sys.executable, "-m", "scripts.controller", str(self._folder / "config.json")]
+        command = [sys.executable, "-m", "scripts.cli", "serve", str(self._folder / "serve.yaml")]
         self._start("controller", self.network.core, command)
 
     def kill_controller(self) -> int:
@@ -137,10 +142,14 @@ class Testbed:
             raise UserError(f"{method} {path}: {answer.status_code}: {detail}")
         return answer
 
-    def seal(self) -> None:
-        """Leave a checkpoint of the evidence log as it is now beside it."""
-        answer = self._ask("GET", "/evidence/checkpoint")
-        write(self.journal.with_name(CHECKPOINT_FILE), answer.text)
+    def export(self, file: Path) -> None:
+        """Write the evidence log as it is now to a file, checkpoint and public key beside it."""
+        key, note = self._ask("GET", "/evidence/key"), self._ask("GET", "/evidence/checkpoint")
+        with self.operator.stream("GET", "/evidence/export") as answer, file.open("wb") as lines:
+            for chunk in answer.iter_bytes():
+                lines.write(chunk)
+        write(file.with_name(VKEY_FILE), key.text)
+        write(file.with_name(CHECKPOINT_FILE), note.text)
 
     # User equipment
 
@@ -204,9 +213,6 @@ class Testbed:
 
     def _write_inputs(self) -> None:
         folder = self._folder
-        key = aist.generate_key(folder / "aist.key")
-        aist.write_public_key(key, folder / "aist.pub")
-        aist.generate_key(folder / "evidence.key")
         (folder / "catalogue.json").write_text(self.catalogue.model_dump_json())
         services = {
             service.aisi: {"task": service.task, "model": service.model}
@@ -214,39 +220,60 @@ class Testbed:
         }
         (folder / "services.json").write_text(json.dumps(services))
         network = self.network
-        config = ControllerConfig(
-            upf_netns=network.upf.netns,
-            gate=gate_config(network, self.catalogue),
-            n3_capacities_bps=_n3_capacities_bps(network),
-            in_place_renewal=self._features.in_place_renewal,
+        self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        config = serve_config(
+            network,
             catalogue=folder / "catalogue.json",
-            anchor_addresses={name: anchor.address4 for name, anchor in network.anchors.items()},
-            subscribers=tuple(Subscriber(ue.name, ue.address4, ue.address6) for ue in network.ues),
-            journal=self.journal,
-            key=folder / "aist.key",
-            evidence_key=folder / "evidence.key",
+            state=self.state,
             operator_socket=self.operator_socket,
-            addresses=(network.core.address4, network.core.address6),
-            port=CONTROL_PORT,
             settings=self._settings,
+            failure_detection_ms=self._failure_detection_ms,
+            in_place_renewal=self._features.in_place_renewal,
         )
-        write_config(folder / "config.json", config)
+        write_config(folder / "serve.yaml", config)
+
+    def _stop_controller(self) -> None:
+        """Let the control plane finish what it has begun."""
+        program = self._programs["controller"]
+        program.terminate()
+        try:
+            program.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.wait()
 
 
-def _n3_capacities_bps(network: Network) -> dict[str, int]:
-    """The UPF queues where the cell would: its N3 interfaces are no faster than the cell."""
-    capacities = {}
+def serve_config(
+    network: Network,
+    *,
+    catalogue: Path,
+    state: Path,
+    operator_socket: Path,
+    settings: Settings,
+    failure_detection_ms: int,
+    in_place_renewal: bool,
+) -> ServeConfig:
+    """Describe an emulated network to the control plane."""
+    cells = {}
     for gnb in network.gnbs.values():
-        rates = [gnb.spec.downlink_mbps, gnb.spec.n3.rate_mbps]
-        capacities[gnb.upf_interface] = int(min(rate for rate in rates if rate) * 1_000_000)
-    return capacities
-
-
-def gate_config(network: Network, catalogue: Catalogue) -> GateConfig:
-    """Describe an emulated network's UPF to the gate: every UE may come through every gNB."""
-    n3 = tuple(network.upf.n3_interfaces.values())
-    return GateConfig(
-        n3_interfaces=n3,
+        # The UPF queues where the cell would: its N3 interfaces are no faster than the cell.
+        n3 = gnb.spec.n3.rate_mbps or math.inf
+        cells[gnb.name] = CellConfig(
+            n3_interface=gnb.upf_interface,
+            downlink_mbps=min(gnb.spec.downlink_mbps, n3),
+            uplink_mbps=min(gnb.spec.uplink_mbps, n3),
+        )
+    return ServeConfig(
+        upf_netns=network.upf.netns,
+        in_place_renewal=in_place_renewal,
+        catalogue=catalogue,
+        state=state,
+        operator_socket=operator_socket,
+        listen=(
+            f"{network.core.address4}:{CONTROL_PORT}",
+            f"[{network.core.address6}]:{CONTROL_PORT}",
+        ),
+        cells=cells,
         anchors=tuple(
             AnchorPort(
                 name=anchor.name,
@@ -256,11 +283,11 @@ def gate_config(network: Network, catalogue: Catalogue) -> GateConfig:
             )
             for anchor in network.anchors.values()
         ),
-        attachments=tuple(
-            Attachment(interface, address)
-            for interface in n3
-            for ue in network.ues
-            for address in (ue.address4, ue.address6)
+        subscribers=tuple(
+            Subscriber(ue.name, ue.address4, ue.address6, ue.serving_gnb) for ue in network.ues
         ),
-        qos_classes=qos.class_ids(catalogue.qos_shares()),
+        settings=settings,
+        failure_detection_ms=failure_detection_ms,
+        api_root=f"http://{network.core.address4}:{CONTROL_PORT}",
+        allow_http_sinks=True,
     )

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from topologies.spec import TopologySpec, UesSpec, load_topology
 from upf.features import Features, probe
 
 EVIDENCE_FILE = "evidence.jsonl"
+STATE_FOLDER = "state"  # of the control plane; there only while a run lasts, or after it failed
 STATUS_FILE = "status.json"
 FIRST_PORT = 9_000
 DRAIN_MS = 1_000  # longer than any stall of the control plane on a busy machine
@@ -99,13 +101,14 @@ def run(
                         scenario.catalogue,
                         scenario.features,
                         scratch_dir(),
-                        folder / EVIDENCE_FILE,
+                        folder / STATE_FOLDER,
                         settings=Settings(drain_ms=DRAIN_MS, allow_break_before_make=break_allowed),
                     )
                     stack.enter_context(testbed)
                 body(testbed)
                 write_json(folder / STATUS_FILE, testbed.request("GET", "/status"))
-                testbed.seal()
+                testbed.export(folder / EVIDENCE_FILE)
+            shutil.rmtree(folder / STATE_FOLDER)  # its keys are of no use to a reader of results
         except (UserError, TopologyError, ProbeError) as error:
             console.print(f"error: {error}", style="red", markup=False, highlight=False)
             return EXIT_FAILED

@@ -82,7 +82,8 @@ class _Run:
 
     def _page(self, ue: Ue, ttl_ms: int) -> dict[str, Any]:
         intent = {"task": self._options.task, "durationMs": ttl_ms}
-        answer: dict[str, Any] = self._testbed.request("POST", f"/sessions?ue={ue.name}", intent)
+        body = {"ue": ue.name, "intent": intent}
+        answer: dict[str, Any] = self._testbed.request("POST", "/sessions", body)
         return answer
 
     def _round(self, ues: list[Ue], *, kill: bool) -> int:

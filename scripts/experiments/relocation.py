@@ -23,7 +23,7 @@ SETTLE_MS = 300  # before the first episode
 LEAD_MS = (30, 60)  # an episode's relocation begins somewhere in here
 TRAIL_MS = 150  # and lasts at least so much longer
 SLACK_S = 60
-PAGE_SLACK_MS = 600_000
+PAGE_SLACK_S = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +98,7 @@ class _Run:
         paged = self._testbed.page(ue, self._options.task)
         answer: dict[str, Any] = paged["answer"]
         session = answer["sessionId"]
-        extension = {"durationMs": int(duration_s * 1000) + PAGE_SLACK_MS}
+        extension = {"requestedAdditionalDuration": int(duration_s) + PAGE_SLACK_S}
         self._testbed.request("POST", f"/sessions/{session}/extend", extension)
         if answer["commit"]["anchor"] not in self._options.between:
             target = {"target": self._options.between[0]}

@@ -1,0 +1,272 @@
+"""Group commit: what was decided meanwhile becomes durable in one write and real in one batch.
+
+    decide --> submit --> [ closing counts | one durable write | fold | kernel batch ] --> answer
+               submit -->/                                                         \\--> answer
+
+The order is the point: evidence, then kernel, then answer. While a write is on its way to the disk
+the next decisions gather. The kernel's acknowledgements are journalled with the next write, or
+soon after.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from controlplane.clock import Clock
+from controlplane.codec import Record
+from controlplane.enforcement import (
+    EnforcementError,
+    Enforcer,
+    Install,
+    Move,
+    Operation,
+    Usage,
+)
+from controlplane.evidence import EvidenceLog
+from controlplane.facts import Acknowledged
+from controlplane.lease import Ended, Lease, State
+from controlplane.ledger import Ledger
+from controlplane.store import Notice, Sink, Store, StoreError
+
+MAX_CHANGES = 256  # of one write and one kernel batch
+ACKNOWLEDGE_S = 0.02  # at most so long an acknowledgement waits for a write to go with
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What one decision changes: its events, then its operations, all or nothing."""
+
+    events: Sequence[Record]
+    operations: Sequence[Operation] = ()
+    sink: Sink | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """When it was durable, and when the kernel had acknowledged it; CLOCK_MONOTONIC ns."""
+
+    durable_ns: int
+    enforced_ns: int
+
+
+@dataclass(slots=True)
+class Load:
+    """How full the batches are and where their time goes; sums since the start."""
+
+    batches: int = 0
+    changes: int = 0
+    entries: int = 0
+    encode_ns: int = 0
+    write_ns: int = 0
+    kernel_ns: int = 0
+
+
+@dataclass(slots=True)
+class _Waiting:
+    change: Change
+    done: asyncio.Future[Done]
+    refused: EnforcementError | None = None
+    events: list[Record] = field(default_factory=list)  # with closing counts
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    usage: Usage | None
+    at_ns: int
+
+
+Told = Callable[[Sequence[Record], int, Iterable[str]], Sequence[Notice]]
+Observer = Callable[[Sequence[Record], int, bool], None]
+
+
+class Committer:
+    """The one writer to log, ledger and kernel. `run` must be running for `submit` to return."""
+
+    def __init__(
+        self,
+        log: EvidenceLog,
+        ledger: Ledger,
+        enforcer: Enforcer,
+        clock: Clock,
+        tell: Told = lambda events, first, sinks: (),
+        observe: Observer = lambda events, first, noticed: None,
+    ) -> None:
+        """`tell`: the notices that events call for, written with them; see `telling.Teller`.
+
+        `observe` is shown the events of a write once they are durable and folded, with the index
+        of the first; and whether notices were written.
+        """
+        self.load = Load()
+        self._log = log
+        self._ledger = ledger
+        self._enforcer = enforcer
+        self._clock = clock
+        self._tell = tell
+        self._observe = observe
+        self._waiting: list[_Waiting] = []
+        self._acknowledged: list[Acknowledged] = []
+        self._sampled: dict[str, _Counts] = {}  # by lease id, until it ends
+        self._wake = asyncio.Event()
+
+    @property
+    def store(self) -> Store:
+        """Where it writes; for reading."""
+        return self._log.store
+
+    async def submit(self, change: Change) -> Done:
+        """Return when the change is durable and the kernel has acknowledged.
+
+        Raises StoreError: nothing of it happened. Raises EnforcementError: it is durable, and the
+        kernel refused its operations, all of them.
+        """
+        waiting = _Waiting(change, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._wake.set()
+        return await waiting.done  # the change goes on if this is cancelled
+
+    async def sample(self, leases: Sequence[Lease]) -> None:
+        """Read the counts of leases that are about to expire, while the kernel has them."""
+        usage = await self._enforcer.usage([lease.binding() for lease in leases])
+        now_ns = self._clock.now_ns()
+        for lease in leases:
+            found = usage.get(lease.terms.lease_id)
+            if found is not None:
+                self._sampled[lease.terms.lease_id] = _Counts(found, now_ns)
+
+    async def run(self) -> None:
+        """Commit until cancelled; what was submitted before that is committed first."""
+        try:
+            while True:
+                await self._gathered()
+                await self._commit()
+        except asyncio.CancelledError:
+            while self._waiting or self._acknowledged:
+                await self._commit()
+            raise
+
+    async def _gathered(self) -> None:
+        """Return when there is something to write."""
+        while not self._waiting:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(ACKNOWLEDGE_S if self._acknowledged else None):
+                    await self._wake.wait()
+            except TimeoutError:
+                return
+
+    async def _commit(self) -> None:
+        batch, self._waiting = self._waiting[:MAX_CHANGES], self._waiting[MAX_CHANGES:]
+        try:
+            await self._write(batch)
+        except StoreError as error:
+            log.error("%s", error)
+            for waiting in batch:
+                _fail(waiting, error)
+            if not batch:
+                await asyncio.sleep(ACKNOWLEDGE_S)
+            return
+        durable_ns = self._clock.now_ns()
+        await self._enforce(batch)
+        enforced_ns = self._clock.now_ns()
+        for waiting in batch:
+            if waiting.refused is not None:
+                _fail(waiting, waiting.refused)
+            elif not waiting.done.done():
+                waiting.done.set_result(Done(durable_ns, enforced_ns))
+
+    async def _write(self, batch: list[_Waiting]) -> None:
+        started_ns = time.monotonic_ns()
+        await self._count(batch)
+        acknowledged = self._acknowledged
+        events: list[Record] = [*acknowledged]
+        for waiting in batch:
+            events += waiting.events
+        first = self._log.size
+        sinks = [waiting.change.sink for waiting in batch if waiting.change.sink is not None]
+        notices = self._tell(events, first, [sink.session_id for sink in sinks])
+        encoded_ns = time.monotonic_ns()
+        await self._log.append(events, notices, sinks)
+        written_ns = time.monotonic_ns()
+        self._acknowledged = []
+        now_ns = self._clock.now_ns()
+        for event in events:
+            self._ledger.fold(event, now_ns)
+        self._observe(events, first, bool(notices))
+        load = self.load
+        load.batches += 1
+        load.changes += len(batch)
+        load.entries += len(events)
+        load.encode_ns += encoded_ns - started_ns
+        load.write_ns += written_ns - encoded_ns
+
+    async def _count(self, batch: list[_Waiting]) -> None:
+        """Put closing counts into the ends of leases that the kernel may know."""
+        closing: dict[str, Lease] = {}
+        for waiting in batch:
+            for event in waiting.change.events:
+                if isinstance(event, Ended):
+                    lease = self._ledger.lease(event.lease_id)
+                    if lease.state is not State.PREPARED:
+                        closing[event.lease_id] = lease
+        usage = {}
+        if closing:
+            with suppress(EnforcementError):
+                usage = await self._enforcer.usage([lease.binding() for lease in closing.values()])
+        now_ns = self._clock.now_ns()
+        for waiting in batch:
+            waiting.events = list(waiting.change.events)
+            if not closing:
+                continue
+            for number, event in enumerate(waiting.events):
+                if isinstance(event, Ended) and event.lease_id in closing:
+                    counts = self._sampled.pop(event.lease_id, _Counts(None, 0))
+                    if event.lease_id in usage:
+                        counts = _Counts(usage[event.lease_id], now_ns)
+                    waiting.events[number] = replace(
+                        event, usage=counts.usage, counted_ns=counts.at_ns
+                    )
+
+    async def _enforce(self, batch: list[_Waiting]) -> None:
+        """One kernel batch for all; if it is refused, one for each, to find out whose fault."""
+        todo = [waiting for waiting in batch if waiting.change.operations]
+        if not todo:
+            return
+        started_ns = time.monotonic_ns()
+        try:
+            await self._enforcer.apply([op for waiting in todo for op in waiting.change.operations])
+        except EnforcementError:
+            for waiting in todo:
+                try:
+                    await self._enforcer.apply(waiting.change.operations)
+                except EnforcementError as error:
+                    waiting.refused = error
+        now_ns = self._clock.now_ns()
+        opened = [
+            lease_id
+            for waiting in todo
+            if waiting.refused is None
+            for lease_id in map(_opened, waiting.change.operations)
+            if lease_id is not None
+        ]
+        if opened:
+            self._acknowledged.append(Acknowledged(tuple(opened), now_ns))
+        self.load.kernel_ns += time.monotonic_ns() - started_ns
+
+
+def _opened(operation: Operation) -> str | None:
+    """Return the lease that an operation opens the user plane for."""
+    match operation:
+        case Install(new) | Move(new, _, _):
+            return new.lease_id
+        case _:
+            return None
+
+
+def _fail(waiting: _Waiting, error: Exception) -> None:
+    if not waiting.done.done():
+        waiting.done.set_exception(error)

@@ -1,0 +1,1 @@
+"""The northbound interface: HTTP over the control plane, and nothing that decides."""

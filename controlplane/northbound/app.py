@@ -1,0 +1,113 @@
+"""The HTTP application: all resources, their errors, and the OpenAPI document."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from controlplane.answers import Refusal
+from controlplane.enforcement import EnforcementError
+from controlplane.northbound import (
+    anchors,
+    camara_profiles,
+    camara_qod,
+    events,
+    evidence,
+    operations,
+    sessions,
+    tokens,
+)
+from controlplane.northbound.plane import ControlPlane
+from controlplane.northbound.problem import Problem, problem, refused
+from controlplane.store import StoreError
+
+log = logging.getLogger(__name__)
+_CAUSE_OF_STATUS = {404: "NO_SUCH_RESOURCE", 405: "METHOD_NOT_ALLOWED"}
+
+
+def create_app(plane: ControlPlane, lifespan: "Lifespan | None" = None) -> FastAPI:
+    """Return the ASGI application over a control plane."""
+    app = FastAPI(
+        title="AI-Paging",
+        version="1",
+        summary="Intents in, verifiable leases out.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            Refusal: _on_refusal,
+            RequestValidationError: _on_invalid,
+            HTTPException: _on_http,
+            StoreError: _on_store,
+            EnforcementError: _on_enforcement,
+        },
+    )
+    app.state.plane = plane
+    for module in (sessions, anchors, operations, events, evidence, tokens):
+        app.include_router(module.router)
+    app.include_router(camara_qod.router, prefix=f"/quality-on-demand/{camara_qod.VERSION}")
+    app.include_router(camara_profiles.router, prefix=f"/qos-profiles/{camara_profiles.VERSION}")
+    _describe_problems(app)
+    return app
+
+
+Lifespan = Any  # of Starlette: an async context manager made from the application
+
+
+def _describe_problems(app: FastAPI) -> None:
+    """Put what every problem looks like into the OpenAPI document."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            schemas["Problem"] = Problem.model_json_schema()
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    return refused(error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    return problem(*invalid(error))
+
+
+def invalid(error: RequestValidationError) -> tuple[str, str]:
+    """Return cause and detail for a request that cannot be understood; nothing of it is quoted."""
+    found = error.errors()
+    if any(item["type"] == "json_invalid" for item in found):
+        return "MALFORMED", "the request body is not JSON"
+    what = [f"{_where(item)}: {item['msg']}" for item in found[:10]]
+    return "INVALID", "; ".join(what)
+
+
+def _where(item: Mapping[str, Any]) -> str:
+    return ".".join(str(part)[:64] for part in item["loc"]) or "body"
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    cause = _CAUSE_OF_STATUS.get(error.status_code, "MALFORMED")
+    headers = dict(error.headers or {})
+    return problem(cause, f"{request.method} {request.url.path}: {error.detail}", headers)
+
+
+async def _on_store(request: Request, error: Exception) -> Response:
+    log.error("%s", error)
+    return problem("STORE_FAILED", "the evidence log cannot be used")
+
+
+async def _on_enforcement(request: Request, error: Exception) -> Response:
+    log.error("%s", error)
+    return problem("ENFORCEMENT_FAILED", str(error))

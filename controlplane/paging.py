@@ -1,0 +1,440 @@
+"""AI-paging: from an intent to an enforced lease, in two phases.
+
+DISCOVER and RESOLVE rank what can serve the intent; PREPARE reserves an anchor's slot and bandwidth
+on the path, or neither; COMMIT grants the lease. An anchor that says in its heartbeats that it is
+ready needs no asking: both phases are one write then. Where capacity alone is short, a request
+whose profile may pre-empt (ARP, TS 23.501, 5.7.2.2) takes it from leases of lower priority.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from controlplane import lease
+from controlplane.admission import Holder
+from controlplane.answers import Grant, Refusal, Timeline
+from controlplane.catalogue import Anchor, QosProfile, Service, profile_for
+from controlplane.clock import NS_PER_MS
+from controlplane.committer import Change, Done
+from controlplane.controller import Controller, hashed_key
+from controlplane.enforcement import Flow, Install
+from controlplane.intent import Intent
+from controlplane.lease import EndReason, Lease, State, Terms
+from controlplane.ledger import Session, demand
+from controlplane.metrics import Transaction
+from controlplane.policy import Arp, RateLimiter, Tenant, check_anchor, check_request
+from controlplane.ranking import Ranking
+from controlplane.resolver import Candidate, Exclusion, Resolution, resolve
+from controlplane.store import Sink
+
+PAGE = "PAGE"  # the cause of a session's first lease
+NO_CHOICE = Resolution((), (), ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkRequest:
+    """Where notices about a session shall go; the credential is JSON, and a secret."""
+
+    uri: str
+    credential: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """A request by intent."""
+
+    tenant: str
+    ue: str
+    intent: Intent
+    key: str | None = None  # idempotency key, as given
+    sink: SinkRequest | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QosRequest:
+    """A request for QoS alone: the application knows its server (CAMARA Quality-on-Demand)."""
+
+    tenant: str
+    ue: str
+    aisi: str  # stands for the server in epochs and evidence
+    flows: tuple[Flow, ...]
+    profile: str
+    duration_ms: int
+    request: str  # canonical JSON of what was asked, without credentials
+    key: str | None = None
+    sink: SinkRequest | None = None
+
+
+class Pager:
+    """Grants sessions."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+        self._limiter = RateLimiter()
+        self._ranking = Ranking(controller.catalogue)
+
+    async def page(self, page: Page) -> Grant:
+        """Resolve an intent and grant a lease. Raises Refusal."""
+        return await self._controller.measured.run(
+            Transaction.PAGE, self._page_once(page), ue=page.ue, tenant=page.tenant
+        )
+
+    async def qos(self, request: QosRequest) -> Grant:
+        """Grant QoS alone. Raises Refusal."""
+        return await self._controller.measured.run(
+            Transaction.PAGE, self._qos(request), ue=request.ue, tenant=request.tenant
+        )
+
+    async def _page_once(self, page: Page) -> Grant:
+        requested_ns = self._controller.clock.now_ns()
+        key = hashed_key(page.tenant, page.key) if page.key is not None else None
+        names = (page.ue,) if key is None else (page.ue, f"key:{key}")
+        async with self._controller.locks.hold(*names):
+            if key is not None and (known := self._controller.ledger.session_of_key(key)):
+                return self._again(known, page.ue, page.intent, None)
+            return await self._page(page, key, requested_ns)
+
+    async def page_again(self, session: Session, cause: str) -> Grant:
+        """Page anew for the intent of a session that no anchor can serve any more.
+
+        The lock of its UE is held. The answer may be of another service.
+        """
+        controller = self._controller
+        last = controller.ledger.leases_of(session)[-1]
+        assert last.terms.intent is not None
+        kept = controller.committer.store.sink(session.session_id)
+        page = Page(
+            tenant=session.tenant,
+            ue=session.ue,
+            intent=last.terms.intent,
+            sink=None if kept is None else SinkRequest(uri=kept.uri, credential=kept.credential),
+        )
+        again = _Again(cause, last.deadline_ns, session.aisi)
+        return await self._page(page, None, controller.clock.now_ns(), again)
+
+    async def _qos(self, request: QosRequest) -> Grant:
+        controller = self._controller
+        requested_ns = controller.clock.now_ns()
+        key = hashed_key(request.tenant, request.key) if request.key is not None else None
+        names = (request.ue,) if key is None else (request.ue, f"key:{key}")
+        async with controller.locks.hold(*names):
+            if key is not None and (known := controller.ledger.session_of_key(key)):
+                return self._again(known, request.ue, None, request.request)
+            subscriber = controller.subscriber(request.ue)
+            profile = self._profile(request.profile)
+            tenant = self._admitted(request.tenant, None, profile, request.duration_ms)
+            arp = effective_arp(profile, tenant)
+            if controller.ledger.session_of(request.ue, request.aisi):
+                raise Refusal("SESSION_EXISTS", f"{request.ue} has a session for these flows")
+            terms = controller.terms(
+                cause=PAGE,
+                tenant=tenant.name,
+                subscriber=subscriber,
+                aisi=request.aisi,
+                anchor=None,
+                flows=request.flows,
+                profile=profile,
+                arp=arp,
+                request=request.request,
+                key=key,
+            )
+            asked = _Ask(terms, True, request.duration_ms, None, request.sink, NO_CHOICE)
+            shortage = controller.reserve(terms)
+            if shortage is None:
+                return await self._grant(asked, requested_ns)
+            victims = self._victims(terms, arp) if arp.preemption_capability else None
+            if not victims:
+                raise Refusal("NO_BANDWIDTH", str(shortage))
+            return await self._grant_over(victims, asked, requested_ns)
+
+    # Before anything is reserved
+
+    def _again(self, known: Session, ue: str, intent: Intent | None, request: str | None) -> Grant:
+        """Answer a request that was granted before."""
+        controller = self._controller
+        held = controller.ledger.leases_of(known)[-1]
+        if (held.terms.ue, held.terms.intent, held.terms.request) != (ue, intent, request):
+            raise Refusal("KEY_REUSED", "another request was made under this idempotency key")
+        token = None
+        if held.state is State.COMMITTED and held.terms.anchor is not None:
+            token = controller.issuer.issue(held)
+        return Grant(lease=held, token=token, resolution=NO_CHOICE, timeline=None)
+
+    def _profile(self, name: str) -> QosProfile:
+        try:
+            return self._controller.catalogue.profile(name)
+        except KeyError:
+            raise Refusal("QOS_PROFILE_UNKNOWN", f"there is no QoS profile {name}") from None
+
+    def _admitted(
+        self, tenant_name: str, intent: Intent | None, profile: QosProfile, duration_ms: int
+    ) -> Tenant:
+        """Return the tenant if its policy allows the request, whatever serves it."""
+        controller = self._controller
+        tenant = controller.tenant(tenant_name)
+        if profile.status != "ACTIVE":
+            raise Refusal("QOS_PROFILE_INACTIVE", f"QoS profile {profile.name} is not offered now")
+        wait_s = self._limiter.admit(tenant, controller.clock.now_ns())
+        if wait_s is not None:
+            raise Refusal("RATE_LIMITED", f"{tenant.name} asks too often", retry_after_s=wait_s)
+        held = controller.ledger.held_by(tenant.name)
+        breach = check_request(
+            tenant.policy,
+            task=None if intent is None else intent.task,
+            qos_profile=profile.name,
+            live_sessions=held.sessions,
+            downlink_bps=held.downlink_bps + profile.guaranteed_downlink_bps,
+            uplink_bps=held.uplink_bps + profile.guaranteed_uplink_bps,
+        )
+        if breach is not None:
+            raise Refusal(breach.what, breach.detail)
+        controller.check_lease(tenant, duration_ms)
+        controller.check_duration(profile, duration_ms)
+        return tenant
+
+    # The transaction
+
+    async def _page(
+        self,
+        page: Page,
+        key: str | None,
+        requested_ns: int,
+        again: "_Again | None" = None,
+    ) -> Grant:
+        controller, intent = self._controller, page.intent
+        subscriber = controller.subscriber(page.ue)
+        catalogue = controller.catalogue
+        if not catalogue.services_for(intent.task):
+            raise Refusal("TASK_UNKNOWN", f"no service does {intent.task}")
+        profile = profile_for(catalogue, intent)
+        if profile is None:
+            named = intent.qos_profile or "with the rates required"
+            raise Refusal("QOS_PROFILE_UNKNOWN", f"there is no QoS profile {named}")
+        if again is None:
+            tenant = self._admitted(page.tenant, intent, profile, intent.duration_ms)
+        else:
+            tenant = controller.tenant(page.tenant)
+        arp = effective_arp(profile, tenant)
+        resolution = self.resolve(tenant, intent, controller.cell(page.ue))
+        excluded = list(resolution.excluded)
+
+        def ask(candidate: Candidate) -> "_Ask":
+            service = candidate.service
+            if controller.ledger.session_of(page.ue, service.aisi):
+                raise Refusal(
+                    "SESSION_EXISTS", f"{page.ue} already has a session with {service.aisi}"
+                )
+            terms = controller.terms(
+                cause=PAGE if again is None else again.cause,
+                tenant=tenant.name,
+                subscriber=subscriber,
+                aisi=service.aisi,
+                anchor=candidate.anchor.name,
+                flows=service.flows(subscriber.address4, subscriber.address6),
+                profile=profile,
+                arp=arp,
+                intent=intent,
+                key=key,
+            )
+            expires_ns = None if again is None else again.expires_ns
+            choice = replace(resolution, excluded=tuple(excluded))
+            return _Ask(terms, candidate.ready, intent.duration_ms, expires_ns, page.sink, choice)
+
+        def serves(candidate: Candidate) -> bool:
+            return again is None or candidate.service.aisi != again.not_aisi
+
+        for candidate in filter(serves, resolution.candidates):
+            asked = ask(candidate)
+            shortage = controller.reserve(asked.terms)
+            if shortage is not None:
+                excluded.append(_excluded(candidate, "capacity", str(shortage)))
+                continue
+            try:
+                return await self._grant(asked, requested_ns)
+            except _NotReadyError:
+                excluded.append(_excluded(candidate, "readiness", "did not say it is ready"))
+        if arp.preemption_capability:
+            for candidate in filter(serves, (*resolution.candidates, *resolution.full)):
+                asked = ask(candidate)
+                if not (asked.ready or await self._asked(asked.terms)):
+                    continue
+                victims = self._victims(asked.terms, arp)
+                if victims:
+                    return await self._grant_over(victims, asked, requested_ns)
+        raise Refusal("NO_CANDIDATE", f"no anchor satisfies the intent for {intent.task}", excluded)
+
+    def resolve(
+        self,
+        tenant: Tenant,
+        intent: Intent,
+        cell: str | None,
+        *,
+        only_aisi: str | None = None,
+        not_anchor: str | None = None,
+    ) -> Resolution:
+        """Rank what can serve an intent now, under a tenant's policy."""
+        ledger = self._controller.ledger
+
+        def of_policy(service: Service, anchor: Anchor) -> tuple[str, str] | None:
+            return check_anchor(tenant.policy, anchor)
+
+        return resolve(
+            self._controller.catalogue,
+            intent,
+            ledger.fleet.views(ledger.pools.slots_used()),
+            only_aisi=only_aisi,
+            not_anchor=not_anchor,
+            cell=cell,
+            extra=of_policy,
+            rank=self._ranking,
+        )
+
+    async def _grant(self, asked: "_Ask", requested_ns: int) -> Grant:
+        """Grant what is reserved. Raises Refusal, or _NotReadyError; nothing is reserved then."""
+        controller, terms = self._controller, asked.terms
+        prepared = controller.prepare(terms)
+        held, events = prepared.lease, prepared.events
+        sink = asked.sink_of_session()
+        try:
+            if not asked.ready:
+                await controller.committer.submit(Change(events, sink=sink))
+                if not await self._asked(terms):
+                    await controller.abort(held)
+                    raise _NotReadyError
+                held, events, sink = controller.ledger.lease(terms.lease_id), (), None
+            prepared_ns = controller.clock.now_ns()
+            try:
+                granted = controller.commit(held, asked.expires(prepared_ns))
+            except Refusal:
+                await controller.abort(held)
+                raise
+            install = Install(granted.lease.binding())
+            change = Change([*events, *granted.events], [install], sink)
+            done = await controller.enforce_new(terms, change)
+        finally:
+            controller.unreserve(terms)
+        return self._granted(granted.lease, asked, requested_ns, prepared_ns, done)
+
+    async def _grant_over(
+        self, victims: Sequence[Session], asked: "_Ask", requested_ns: int
+    ) -> Grant:
+        """Grant in place of leases of lower priority, whose locks nobody holds: one write."""
+        controller, terms, now_ns = self._controller, asked.terms, self._controller.clock.now_ns()
+        async with controller.locks.hold(*(session.ue for session in victims)):
+            revoke = lease.Revoke(EndReason.PREEMPTED)
+            leases = [
+                held
+                for session in victims
+                for held in controller.ledger.leases_of(session)
+                if held.state in (State.COMMITTED, State.DRAINING)
+            ]
+            closing = controller.closing([lease.step(held, revoke, now_ns) for held in leases])
+            pools = controller.ledger.pools
+            for held in leases:
+                pools.release(held.terms.lease_id)
+            try:
+                shortage = controller.reserve(terms)
+                assert shortage is None, "those were enough"
+                prepared = controller.prepare(terms)
+                granted = controller.commit(prepared.lease, asked.expires(now_ns))
+                change = Change(
+                    [*closing.events, *prepared.events, *granted.events],
+                    [*closing.operations, Install(granted.lease.binding())],
+                    asked.sink_of_session(),
+                )
+                done = await controller.enforce_new(terms, change)
+            finally:
+                controller.unreserve(terms)
+                for held in leases:  # if it did not come about, they have it still
+                    if controller.ledger.lease(held.terms.lease_id).state is not State.ENDED:
+                        pools.hold(held.terms.lease_id, held.terms.session_id, demand(held.terms))
+        return self._granted(granted.lease, asked, requested_ns, now_ns, done)
+
+    def _victims(self, terms: Terms, arp: Arp) -> list[Session] | None:
+        """Return whose capacity would do, of those that nothing else happens to; None: nobody's."""
+        controller = self._controller
+        ledger = controller.ledger
+        holders = [
+            Holder(
+                lease_id=held.terms.lease_id,
+                session_id=held.terms.session_id,
+                priority_level=held.terms.priority_level,
+                vulnerable=held.terms.preemptible,
+            )
+            for held in ledger.live()
+            if held.state is State.COMMITTED and not controller.locks.held(held.terms.ue)
+        ]
+        found = ledger.pools.victims(demand(terms), terms.session_id, arp.priority_level, holders)
+        if not found:
+            return None
+        ids = {ledger.lease(lease_id).terms.session_id for lease_id in found}
+        return [session for session_id in ids if (session := ledger.session(session_id))]
+
+    async def _asked(self, terms: Terms) -> bool:
+        assert terms.anchor is not None
+        return await self._controller.ready(terms.anchor, terms.aisi)
+
+    def _granted(
+        self, held: Lease, asked: "_Ask", requested_ns: int, prepared_ns: int, done: Done
+    ) -> Grant:
+        self._controller.changed()
+        return Grant(
+            lease=held,
+            token=None if held.terms.anchor is None else self._controller.issuer.issue(held),
+            resolution=asked.choice,
+            timeline=Timeline(
+                requested_ns=requested_ns,
+                prepared_ns=prepared_ns,
+                committed_ns=done.durable_ns,
+                enforced_ns=done.enforced_ns,
+            ),
+        )
+
+
+class _NotReadyError(Exception):
+    """An anchor did not say that it is ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """What is different when a session is paged for anew."""
+
+    cause: str
+    expires_ns: int
+    not_aisi: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What is asked for at one candidate."""
+
+    terms: Terms
+    ready: bool | None  # what the anchor has said; None: it must be asked
+    duration_ms: int
+    expires_ns: int | None  # given, or `duration_ms` from now
+    sink: SinkRequest | None
+    choice: Resolution
+
+    def expires(self, now_ns: int) -> int:
+        """Return when the lease shall end."""
+        if self.expires_ns is not None:
+            return self.expires_ns
+        return now_ns + self.duration_ms * NS_PER_MS
+
+    def sink_of_session(self) -> Sink | None:
+        """Return where notices shall go."""
+        if self.sink is None:
+            return None
+        return Sink(self.terms.session_id, self.sink.uri, self.sink.credential)
+
+
+def _excluded(candidate: Candidate, constraint: str, detail: str) -> Exclusion:
+    return Exclusion(candidate.service.aisi, candidate.anchor.name, constraint, detail)
+
+
+def effective_arp(profile: QosProfile, tenant: Tenant) -> Arp:
+    """Return the ARP of a tenant's lease: its own if its policy gives one, else the profile's."""
+    return tenant.policy.arp or Arp(
+        priority_level=profile.priority_level,
+        preemption_capability=profile.preemption_capability,
+        preemption_vulnerability=profile.preemption_vulnerability,
+    )

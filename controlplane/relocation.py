@@ -1,0 +1,264 @@
+"""Relocation: a session moves to another anchor, and its UE notices nothing.
+
+Make-before-break: PREPARE at the target, see it ready, COMMIT the next epoch and start to drain the
+old lease (one write), flip (one kernel batch). If anything fails before the flip, nothing changes
+for the UE. If the source has died there is nothing to keep: the session is anchored anew, which is
+recovery and is called so. If no anchor of its service is left, the intent is paged for anew.
+"""
+
+from controlplane import lease
+from controlplane.answers import Grant, Refusal, Timeline
+from controlplane.clock import NS_PER_MS
+from controlplane.committer import Change, Done
+from controlplane.controller import Controller
+from controlplane.enforcement import Install, Move, Revoke
+from controlplane.lease import Effect, EndReason, Lease, LeaseError, Outcome, State
+from controlplane.ledger import Session
+from controlplane.measured import KIND_OF_TRIGGER
+from controlplane.metrics import Transaction
+from controlplane.paging import Pager
+from controlplane.policy import Arp
+from controlplane.resolver import Candidate, Resolution
+from controlplane.triggers import Trigger, should_move
+
+BETTER = "better"  # as a target: only to where it is better
+
+
+class Relocator:
+    """Moves sessions."""
+
+    def __init__(self, controller: Controller, pager: Pager) -> None:
+        self._controller = controller
+        self._pager = pager
+
+    async def relocate(
+        self,
+        session_id: str,
+        target: str | None = None,
+        *,
+        trigger: Trigger = Trigger.REQUEST,
+        break_before_make: bool = False,
+    ) -> Grant:
+        """Move a session to `target`; to the best other anchor (None), or only if it is BETTER.
+
+        Raises Refusal; the session is as it was then, unless the kernel refused.
+        """
+        work = self._relocate(session_id, target, trigger, break_before_make)
+        kind = KIND_OF_TRIGGER.get(trigger, Transaction.RELOCATION_PLANNED)
+        return await self._controller.measured.run(kind, work, session_id=session_id)
+
+    async def recover(self, session_id: str, trigger: Trigger = Trigger.FAILURE) -> Grant:
+        """Anchor a session anew whose anchor is dead. Raises Refusal if nothing can serve it."""
+        kind, work = Transaction.RELOCATION_RECOVERY, self._recover(session_id, trigger)
+        return await self._controller.measured.run(kind, work, session_id=session_id)
+
+    async def _relocate(
+        self, session_id: str, target: str | None, trigger: Trigger, break_before_make: bool
+    ) -> Grant:
+        controller = self._controller
+        requested_ns = controller.clock.now_ns()
+        if break_before_make and not controller.settings.allow_break_before_make:
+            raise Refusal("NOT_ALLOWED", "break-before-make exists for experiments only")
+        session = controller.session(session_id)
+        async with controller.locks.hold(session.ue):
+            source = controller.committed(session_id)
+            resolution, candidates = self._targets(source, target)
+            shortages = []
+            for candidate in candidates:
+                prepared = self._prepare(source, candidate, trigger)
+                shortage = controller.reserve(prepared.lease.terms)
+                if shortage is None:
+                    return await self._move(
+                        source, prepared, resolution, requested_ns, break_before_make
+                    )
+                shortages.append(str(shortage))
+            raise Refusal("NO_CANDIDATE", "; ".join(shortages), resolution.excluded)
+
+    async def _recover(self, session_id: str, trigger: Trigger) -> Grant:
+        controller = self._controller
+        requested_ns = controller.clock.now_ns()
+        session = controller.session(session_id)
+        async with controller.locks.hold(session.ue):
+            source = controller.committed(session_id)
+            try:
+                resolution, candidates = self._targets(source, None)
+            except Refusal:
+                return await self._page_again(session, EndReason.ANCHOR_FAILED, trigger)
+            for candidate in candidates:
+                prepared = self._prepare(source, candidate, trigger)
+                terms = prepared.lease.terms
+                if controller.reserve(terms) is not None:
+                    continue
+                try:
+                    if not (
+                        candidate.ready or await controller.ready(candidate.anchor.name, terms.aisi)
+                    ):
+                        continue
+                    prepared_ns = controller.clock.now_ns()
+                    granted = controller.commit(prepared.lease, source.deadline_ns)
+                    ended = [
+                        lease.step(held, lease.Revoke(EndReason.ANCHOR_FAILED), prepared_ns)
+                        for held in controller.ledger.leases_of(session)
+                        if held.state in (State.COMMITTED, State.DRAINING)
+                    ]
+                    closing = controller.closing(ended)
+                    change = Change(
+                        [*prepared.events, *granted.events, *closing.events],
+                        [Revoke(source.binding()), Install(granted.lease.binding())],
+                    )
+                    done = await controller.enforce(session, change)
+                finally:
+                    controller.unreserve(terms)
+                return self._granted(granted, resolution, requested_ns, prepared_ns, done)
+            return await self._page_again(session, EndReason.ANCHOR_FAILED, trigger)
+
+    async def leave(self, session_id: str, trigger: Trigger, otherwise: EndReason | None) -> None:
+        """Move a session away from where it must not stay: relocate, or page anew.
+
+        Where neither works it ends for the reason `otherwise`; None: it stays while it can.
+        """
+        try:
+            await self.relocate(session_id, trigger=trigger)
+        except Refusal as refusal:
+            if refusal.cause in ("SESSION_ENDED", "SESSION_UNKNOWN", "ENFORCEMENT_FAILED"):
+                return
+            session = self._controller.session(session_id)
+            async with self._controller.locks.hold(session.ue):
+                if self._controller.ledger.committed(session) is not None:
+                    await self._page_again(session, otherwise, trigger)
+
+    # Steps
+
+    def _targets(self, source: Lease, target: str | None) -> tuple[Resolution, list[Candidate]]:
+        controller, terms = self._controller, source.terms
+        if terms.anchor is None or terms.intent is None:
+            raise Refusal("NOT_ANCHORED", "a session for QoS alone is at no anchor")
+        if target == terms.anchor:
+            raise Refusal("ALREADY_THERE", f"the session is at {target}")
+        tenant, cell = controller.tenant(terms.tenant), controller.cell(terms.ue)
+        if target == BETTER:
+            found = self._pager.resolve(tenant, terms.intent, cell, only_aisi=terms.aisi)
+            here = next((c for c in found.candidates if c.anchor.name == terms.anchor), None)
+            others = [c for c in found.candidates if c.anchor.name != terms.anchor]
+            better = [
+                c for c in others if should_move(None if here is None else here.score, c.score)
+            ]
+            if not better:
+                raise Refusal(
+                    "NO_BETTER_ANCHOR",
+                    f"no anchor is better than {terms.anchor} by enough",
+                    found.excluded,
+                )
+            return found, better
+        found = self._pager.resolve(
+            tenant, terms.intent, cell, only_aisi=terms.aisi, not_anchor=terms.anchor
+        )
+        fitting = [c for c in found.candidates if target in (None, c.anchor.name)]
+        if not fitting:
+            raise Refusal(
+                "NO_CANDIDATE",
+                f"{target or 'no other anchor'} cannot take {terms.aisi}",
+                found.excluded,
+            )
+        return found, fitting
+
+    def _prepare(self, source: Lease, candidate: Candidate, trigger: Trigger) -> Outcome:
+        controller, terms = self._controller, source.terms
+        return controller.prepare(
+            controller.terms(
+                cause=trigger.value,
+                tenant=terms.tenant,
+                subscriber=controller.subscriber(terms.ue),
+                aisi=terms.aisi,
+                anchor=candidate.anchor.name,
+                flows=terms.flows,
+                profile=controller.catalogue.profile(terms.qos_profile),
+                arp=Arp(
+                    priority_level=terms.priority_level,
+                    preemption_vulnerability=terms.preemptible,
+                ),
+                session_id=terms.session_id,
+                intent=terms.intent,
+                key=terms.key,
+            )
+        )
+
+    async def _move(
+        self,
+        source: Lease,
+        prepared: Outcome,
+        resolution: Resolution,
+        requested_ns: int,
+        break_before_make: bool,
+    ) -> Grant:
+        """Move to where it is reserved."""
+        controller, terms = self._controller, prepared.lease.terms
+        session = controller.session(terms.session_id)
+        assert terms.anchor is not None
+        try:
+            if break_before_make:
+                await controller.end([source], lease.Revoke())
+            await controller.committer.submit(Change(prepared.events))
+            if not await controller.ready(terms.anchor, terms.aisi):
+                await controller.abort(prepared.lease)
+                raise Refusal("ANCHOR_NOT_READY", f"{terms.anchor} is not ready")
+            prepared_ns = controller.clock.now_ns()
+            try:
+                granted = controller.commit(prepared.lease, source.deadline_ns)
+                change = self._flip(granted, source, prepared_ns, break_before_make)
+            except Refusal:
+                await controller.abort(prepared.lease)
+                raise
+            done = await controller.enforce(session, change)
+        finally:
+            controller.unreserve(terms)
+        return self._granted(granted, resolution, requested_ns, prepared_ns, done)
+
+    def _flip(
+        self, granted: Outcome, source: Lease, now_ns: int, break_before_make: bool
+    ) -> Change:
+        if break_before_make:
+            return Change(granted.events, [Install(granted.lease.binding())])
+        drain_until_ns = now_ns + self._controller.settings.drain_ms * NS_PER_MS
+        try:
+            drained = lease.step(source, lease.Supersede(drain_until_ns), now_ns)
+        except LeaseError as error:  # it expired while the target got ready
+            raise Refusal("SESSION_ENDED", str(error)) from error
+        assert Effect.DRAIN in drained.effects
+        flip = Move(granted.lease.binding(), source.binding(), drained.lease.deadline_ns)
+        return Change([*granted.events, *drained.events], [flip])
+
+    async def _page_again(
+        self, session: Session, otherwise: EndReason | None, trigger: Trigger
+    ) -> Grant:
+        """Page for a session's intent anew; end the session if that, or nothing, serves it."""
+        controller = self._controller
+        try:
+            grant = await self._pager.page_again(session, trigger.value)
+        except Refusal:
+            if otherwise is not None:
+                await controller.take_back(session, otherwise)
+            raise
+        await controller.take_back(session, EndReason.REPAGED)
+        return grant
+
+    def _granted(
+        self,
+        granted: Outcome,
+        resolution: Resolution,
+        requested_ns: int,
+        prepared_ns: int,
+        done: Done,
+    ) -> Grant:
+        self._controller.changed()
+        return Grant(
+            lease=granted.lease,
+            token=self._controller.issuer.issue(granted.lease),
+            resolution=resolution,
+            timeline=Timeline(
+                requested_ns=requested_ns,
+                prepared_ns=prepared_ns,
+                committed_ns=done.durable_ns,
+                enforced_ns=done.enforced_ns,
+            ),
+        )

@@ -1,0 +1,259 @@
+"""`aipaging serve`: the control plane as a daemon, over the user plane of a Linux router.
+
+It prints one line of JSON when it serves. It may be killed at any instant: leases live on in the
+kernel until their deadlines, and the next start rebuilds itself from its store.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+from collections.abc import AsyncIterator
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import httpx
+import uvloop
+from fastapi import FastAPI
+from pydantic import Field, TypeAdapter
+
+from controlplane import logs
+from controlplane.admission import Rates
+from controlplane.body_limit import BodyLimit
+from controlplane.catalogue import Catalogue, load_catalogue
+from controlplane.clock import Clock
+from controlplane.configfile import ConfigModel, load_yaml
+from controlplane.controller import AnchorRefusedError, Settings, Subscriber
+from controlplane.http_server import HttpServer
+from controlplane.intent import Name
+from controlplane.keys import KeyRing, generate_key, load_private_key
+from controlplane.listeners import Listener, TcpListener, UnixListener
+from controlplane.northbound.app import create_app
+from controlplane.northbound.plane import OPERATOR_LISTENER
+from controlplane.policy import Tenants, load_tenants
+from controlplane.service import Network, Options, Service
+from controlplane.sqlite_outbox import SqliteOutbox
+from controlplane.sqlite_store import SqliteStore
+from controlplane.triggers import TriggerSettings
+from scripts import evidence_files
+from scripts.errors import require_root
+from upf import qos, routing
+from upf.config import AnchorPort, Attachment, GateConfig
+from upf.features import probe
+from upf.gate import Gate
+from upf.local import LocalUserPlane
+
+READY_TIMEOUT_S = 0.5
+THIS_NETNS = "/proc/self/ns/net"
+STORE_FILE = "control.db"
+EVIDENCE_KEY_FILE = "evidence.key"
+KEYS_FOLDER = "keys"
+SOCKET_FILE = "operator.sock"
+
+log = logging.getLogger(__name__)
+Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+
+
+class CellConfig(ConfigModel):
+    """A gNB's cell: what it can carry, and the N3 interface towards it."""
+
+    n3_interface: str
+    downlink_mbps: Mbps
+    uplink_mbps: Mbps
+
+
+class ServeConfig(ConfigModel):
+    """What the daemon is told: its network, its catalogue, and where it keeps its state."""
+
+    catalogue: Path
+    state: Path  # folder, readable by its owner only: store and keys
+    operator_socket: Path | None = None  # by default in the state folder
+    tenants: Path | None = None
+    listen: tuple[str, ...] = ()  # ADDRESS:PORT, an IPv6 address in brackets
+    cells: dict[Name, CellConfig]
+    anchors: tuple[AnchorPort, ...]  # where anchors are attached, on N6
+    subscribers: tuple[Subscriber, ...]
+    settings: Settings = Settings()
+    triggers: TriggerSettings = TriggerSettings()
+    failure_detection_ms: Annotated[int, Field(ge=20, le=60_000)] = 200
+    api_root: str = "http://localhost"
+    allow_http_sinks: bool = False
+    upf_netns: str = THIS_NETNS  # the network namespace of the user plane
+    in_place_renewal: bool | None = None  # of the kernel (upf.features); by default it is probed
+
+    def gate(self, catalogue: Catalogue) -> GateConfig:
+        """Describe the user plane to the gate: every UE may come through every N3 interface."""
+        n3 = tuple(cell.n3_interface for cell in self.cells.values())
+        return GateConfig(
+            n3_interfaces=n3,
+            anchors=self.anchors,
+            attachments=tuple(
+                Attachment(interface, address)
+                for interface in n3
+                for subscriber in self.subscribers
+                for address in (subscriber.address4, subscriber.address6)
+            ),
+            qos_classes=qos.class_ids(catalogue.qos_shares()),
+        )
+
+    def network(self) -> Network:
+        """Describe the network to the control plane."""
+        addresses: dict[IPv4Address | IPv6Address, str] = {}
+        for anchor in self.anchors:
+            addresses[anchor.address4] = addresses[anchor.address6] = anchor.name
+        return Network(
+            subscribers=self.subscribers,
+            cells={
+                name: Rates(int(cell.downlink_mbps * 1e6), int(cell.uplink_mbps * 1e6))
+                for name, cell in self.cells.items()
+            },
+            attachment_points=[anchor.name for anchor in self.anchors],
+            anchor_addresses=addresses,
+        )
+
+
+class HttpAnchors:
+    """Asks anchors over HTTP."""
+
+    def __init__(self, catalogue: Catalogue, anchors: tuple[AnchorPort, ...]) -> None:
+        self._catalogue = catalogue
+        self._addresses = {anchor.name: anchor.address4 for anchor in anchors}
+        self._client = httpx.AsyncClient(timeout=READY_TIMEOUT_S, trust_env=False)
+
+    async def ready(self, anchor: str, aisi: str) -> bool:
+        """Return whether the anchor answers `GET /ready` with 200 in time."""
+        port = self._catalogue.service(aisi).port
+        try:
+            answer = await self._client.get(f"http://{self._addresses[anchor]}:{port}/ready")
+        except httpx.ConnectError as error:
+            raise AnchorRefusedError(f"{anchor} refuses connections: {error}") from error
+        except httpx.HTTPError as error:
+            log.warning("anchor %s: %r", anchor, error)
+            return False
+        return answer.status_code == httpx.codes.OK
+
+
+def install(config: ServeConfig, catalogue: Catalogue) -> Gate:
+    """Bring the user plane about, or adopt what an earlier process left."""
+    gate_config = config.gate(catalogue)
+    renewal = config.in_place_renewal
+    if renewal is None:
+        renewal = probe().in_place_renewal
+    routing.install(config.upf_netns, gate_config)
+    capacities = {
+        cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
+    }
+    qos.install(config.upf_netns, capacities, catalogue.qos_shares())
+    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal)
+
+
+async def serve(config: ServeConfig) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    catalogue = load_catalogue(config.catalogue)
+    tenants = load_tenants(config.tenants) if config.tenants else Tenants()
+    config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store = SqliteStore(config.state / STORE_FILE)
+    with contextlib.closing(store), contextlib.closing(install(config, catalogue)) as gate:
+        clock = Clock()
+        service = Service(
+            catalogue=catalogue,
+            network=config.network(),
+            tenants=tenants,
+            store=store,
+            outbox=SqliteOutbox(store),
+            keys=KeyRing.open(config.state / KEYS_FOLDER, clock.to_unix_ns(clock.now_ns())),
+            evidence_key=_evidence_key(config.state / EVIDENCE_KEY_FILE),
+            enforcer=LocalUserPlane(gate),
+            gateway=HttpAnchors(catalogue, config.anchors),
+            clock=clock,
+            options=Options(
+                settings=config.settings,
+                triggers=config.triggers,
+                failure_detection_ms=config.failure_detection_ms,
+                api_root=config.api_root,
+                allow_http_sinks=config.allow_http_sinks,
+            ),
+        )
+        evidence_files.check_continues(config.state, service.plane.log, service.plane.signer)
+        evidence_files.publish(config.state, service.plane.log, service.plane.signer)
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            async with service.running():
+                yield
+
+        app = create_app(service.plane, lifespan)
+        app.add_middleware(BodyLimit)
+        try:
+            await HttpServer(app, _listeners(config)).serve(_ready)
+        finally:
+            evidence_files.publish(config.state, service.plane.log, service.plane.signer)
+
+
+def _listeners(config: ServeConfig) -> list[Listener]:
+    listeners: list[Listener] = [
+        UnixListener(
+            name=OPERATOR_LISTENER, path=config.operator_socket or config.state / SOCKET_FILE
+        )
+    ]
+    for place in config.listen:
+        host, _, port = place.rpartition(":")
+        address = ip_address(host.strip("[]"))
+        listeners.append(TcpListener(name=place, host=address, port=int(port)))
+    return listeners
+
+
+def _evidence_key(path: Path) -> Any:
+    return load_private_key(path) if path.exists() else generate_key(path)
+
+
+def _ready() -> None:
+    gc.collect()
+    gc.freeze()  # what is here now stays: keep it out of every later collection
+    print(json.dumps({"event": "ready"}), flush=True)
+
+
+def remove(config: ServeConfig) -> None:
+    """Take everything away that the daemon left in the user plane: leases end at once."""
+    catalogue = load_catalogue(config.catalogue)
+    gate = Gate(config.upf_netns, config.gate(catalogue), in_place_renewal=False)
+    gate.remove()
+    routing.remove(config.upf_netns)
+    qos.remove(config.upf_netns, [cell.n3_interface for cell in config.cells.values()])
+
+
+def write_config(path: Path, config: ServeConfig) -> None:
+    """Write a configuration as JSON, which is YAML."""
+    path.write_bytes(TypeAdapter(ServeConfig).dump_json(config))
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--remove",
+    "only_remove",
+    is_flag=True,
+    help="Take away what an earlier run left in the kernel (table, rules, qdiscs), and end.",
+)
+def command(file: Path, only_remove: bool) -> None:
+    """Serve the control plane over this machine's user plane, as FILE (YAML) says.
+
+    FILE names the N3 and N6 interfaces, the anchors, the UEs and the folder for the daemon's state;
+    docs/serving.md shows one. It prints a line of JSON when it serves, logs to stderr, and ends on
+    SIGTERM. Leases outlive it in the kernel until they expire; the next start adopts them.
+
+    \\b
+    Example:
+      aipaging serve router.yaml
+      aipaging sessions --socket /var/lib/aipaging/operator.sock
+      aipaging serve router.yaml --remove
+    """
+    require_root("the user plane")
+    config = load_yaml(file, ServeConfig)
+    if only_remove:
+        remove(config)
+        return
+    logs.configure()
+    uvloop.run(serve(config))
