@@ -43,7 +43,7 @@ class Tree:
             level += node
             if number % 2 == 0:
                 return
-            node = node_hash(bytes(level[-2 * HASH_BYTES : -HASH_BYTES]), node)
+            node = hashlib.sha256(b"\1" + level[-2 * HASH_BYTES :]).digest()  # node_hash of both
             number //= 2
         self._levels.append(bytearray(node))
 

@@ -6,7 +6,8 @@ No I/O and no private key: lines and a verified checkpoint come in, a verdict go
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from controlplane.audit import Auditor, Counts
+from controlplane.audit import Auditor
+from controlplane.audit_rules import Counts, Finding
 from controlplane.checkpoint import Checkpoint
 from controlplane.entries import UTC_CLOCK, Chain, EntryError
 
@@ -19,7 +20,7 @@ class Problem:
     """One thing that is wrong. `index` is the entry's place in the file, from 0."""
 
     index: int | None  # None: of the log as a whole
-    rule: str  # LINK, CHECKPOINT or a value of `audit.Rule`
+    rule: str  # LINK, CHECKPOINT or a value of `audit_rules.Rule`
     detail: str
 
     def __str__(self) -> str:
@@ -57,12 +58,13 @@ def verify_log(lines: Iterable[bytes], checkpoint: Checkpoint | None) -> Verdict
                 verdict.problems.append(Problem(index, LINK, "is not ended by a new line"))
             if verdict.audited == index:
                 found = auditor.add(entry)
-                verdict.problems += [Problem(index, f.rule.value, f.detail) for f in found]
+                verdict.problems += [_problem(finding) for finding in found]
                 verdict.audited += 1
     verdict.size, verdict.root = chain.tree.size, chain.tree.root()
     if verdict.audited == verdict.size:
-        verdict.problems += [Problem(f.index, f.rule.value, f.detail) for f in auditor.finish()]
+        verdict.problems += [_problem(finding) for finding in auditor.finish()]
     verdict.counts = auditor.counts
+    verdict.problems.sort(key=lambda problem: problem.index or 0)
     if checkpoint is None:
         pass
     elif checkpoint.size > verdict.size:
@@ -73,3 +75,7 @@ def verify_log(lines: Iterable[bytes], checkpoint: Checkpoint | None) -> Verdict
         detail = f"the root of the first {checkpoint.size} entries is not the signed one"
         verdict.problems.append(Problem(None, CHECKPOINT, detail))
     return verdict
+
+
+def _problem(finding: Finding) -> Problem:
+    return Problem(finding.index, finding.rule.value, finding.detail)
