@@ -112,6 +112,8 @@ class Committer:
         self._acknowledged: list[Acknowledged] = []
         self._sampled: dict[str, _Counts] = {}  # by lease id, until it ends
         self._wake = asyncio.Event()
+        self._stopping = False
+        self._failed: StoreError | None = None
 
     @property
     def store(self) -> Store:
@@ -124,6 +126,8 @@ class Committer:
         Raises StoreError: nothing of it happened. Raises EnforcementError: it is durable, and the
         kernel refused its operations, all of them.
         """
+        if self._failed is not None:
+            raise self._failed
         waiting = _Waiting(change, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
@@ -139,19 +143,30 @@ class Committer:
                 self._sampled[lease.terms.lease_id] = _Counts(found, now_ns)
 
     async def run(self) -> None:
-        """Commit until cancelled; what was submitted before that is committed first."""
+        """Commit until `stop`; what was submitted before that is committed first.
+
+        Not to be cancelled: a write that is on its way would be durable and unknown here. If it
+        fails by a fault of its own nothing more is granted: every `submit` raises StoreError.
+        """
         try:
-            while True:
+            while not self._stopping or self._waiting or self._acknowledged:
                 await self._gathered()
                 await self._commit()
-        except asyncio.CancelledError:
-            while self._waiting or self._acknowledged:
-                await self._commit()
+        except BaseException as error:
+            log.critical("the committer has failed: nothing more is granted", exc_info=error)
+            self._failed = StoreError(f"the committer has failed: {error!r}")
+            for waiting in self._waiting:
+                _fail(waiting, self._failed)
             raise
 
+    def stop(self) -> None:
+        """Let `run` return once there is nothing to write."""
+        self._stopping = True
+        self._wake.set()
+
     async def _gathered(self) -> None:
-        """Return when there is something to write."""
-        while not self._waiting:
+        """Return when there is something to write, or nothing will come."""
+        while not self._waiting and not self._stopping:
             self._wake.clear()
             try:
                 async with asyncio.timeout(ACKNOWLEDGE_S if self._acknowledged else None):
@@ -161,15 +176,23 @@ class Committer:
 
     async def _commit(self) -> None:
         batch, self._waiting = self._waiting[:MAX_CHANGES], self._waiting[MAX_CHANGES:]
+        if not batch and not self._acknowledged:
+            return
         try:
             await self._write(batch)
         except StoreError as error:
             log.error("%s", error)
             for waiting in batch:
                 _fail(waiting, error)
-            if not batch:
+            if self._stopping:
+                self._acknowledged = []  # as if it had been killed here
+            elif not batch:
                 await asyncio.sleep(ACKNOWLEDGE_S)
             return
+        except BaseException as error:
+            for waiting in batch:
+                _fail(waiting, StoreError(f"the committer has failed: {error!r}"))
+            raise
         durable_ns = self._clock.now_ns()
         await self._enforce(batch)
         enforced_ns = self._clock.now_ns()

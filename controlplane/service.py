@@ -168,7 +168,7 @@ class Service:
     async def running(self) -> AsyncIterator[ControlPlane]:
         """Keep it going. On entry, log and kernel agree; on exit, all that was accepted is done."""
         committing = asyncio.create_task(self._committer.run(), name="committer")
-        tasks = [committing]
+        tasks: list[asyncio.Task[None]] = []
         try:
             reconciled = await self.plane.controller.recover()
             log.info("reconciled with the kernel: %s", reconciled)
@@ -177,10 +177,12 @@ class Service:
             yield self.plane
         finally:
             self._stream.close()
-            for task in reversed(tasks):
+            for task in tasks:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+            self._committer.stop()
+            await committing
 
     def _observe(self, events: Sequence[Record], first: int, noticed: bool) -> None:
         """Tell whoever follows of events that are durable and folded."""

@@ -73,6 +73,9 @@ class Keeper:
                 except (StoreError, EnforcementError) as error:
                     log.error("upkeep: %s", error)
                     wait_s = RETRY_S
+                except Exception:  # whatever it was, deadlines are kept
+                    log.exception("upkeep failed, and goes on")
+                    wait_s = RETRY_S
                 with suppress(TimeoutError):
                     async with asyncio.timeout(max(wait_s, 0)):
                         await self._changed.wait()
