@@ -29,6 +29,7 @@ from controlplane.evidence import EvidenceLog
 from controlplane.facts import Acknowledged
 from controlplane.lease import Ended, Lease, State
 from controlplane.ledger import Ledger
+from controlplane.metrics import Metrics
 from controlplane.store import Notice, Sink, Store, StoreError
 
 MAX_CHANGES = 256  # of one write and one kernel batch
@@ -93,6 +94,7 @@ class Committer:
         ledger: Ledger,
         enforcer: Enforcer,
         clock: Clock,
+        metrics: Metrics,
         tell: Told = lambda events, first, sinks: (),
         observe: Observer = lambda events, first, noticed: None,
     ) -> None:
@@ -106,6 +108,7 @@ class Committer:
         self._ledger = ledger
         self._enforcer = enforcer
         self._clock = clock
+        self._metrics = metrics
         self._tell = tell
         self._observe = observe
         self._waiting: list[_Waiting] = []
@@ -220,6 +223,7 @@ class Committer:
         for event in events:
             self._ledger.fold(event, now_ns)
         self._observe(events, first, bool(notices))
+        self._metrics.journal_batch(len(events), written_ns - encoded_ns)
         load = self.load
         load.batches += 1
         load.changes += len(batch)
@@ -278,7 +282,9 @@ class Committer:
         ]
         if opened:
             self._acknowledged.append(Acknowledged(tuple(opened), now_ns))
-        self.load.kernel_ns += time.monotonic_ns() - started_ns
+        took_ns = time.monotonic_ns() - started_ns
+        self.load.kernel_ns += took_ns
+        self._metrics.kernel_batch(sum(len(w.change.operations) for w in todo), took_ns)
 
 
 def _opened(operation: Operation) -> str | None:

@@ -41,14 +41,6 @@ class Transaction(StrEnum):
     RELEASE = "release"
 
 
-class Delivery(StrEnum):
-    """What became of an attempt to notify a subscriber."""
-
-    DELIVERED = "delivered"
-    RETRIED = "retried"
-    GIVEN_UP = "given_up"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levels:
     """What there is at an instant, by state or reason."""
@@ -57,6 +49,7 @@ class Levels:
     sessions: Mapping[str, int] = field(default_factory=dict)
     anchors: Mapping[str, int] = field(default_factory=dict)
     dropped_packets: Mapping[str, int] = field(default_factory=dict)  # since the table was made
+    notices: Mapping[str, int] = field(default_factory=dict)  # by what became of them
 
 
 class Metrics:
@@ -79,9 +72,6 @@ class Metrics:
         self._kernel_operations = self._sizes("kernel_batch_operations", "Operations of one batch.")
         self._kernel_batch = self._durations(
             "kernel_batch_duration_seconds", "One batch until the kernel acknowledges it."
-        )
-        self._notifications = self._counter(
-            "notifications", "Attempts to notify subscribers.", "outcome"
         )
         self._refused_tokens = self._counter("token_refusals", "Tokens refused.", "reason")
         self._rate_limited = self._counter(
@@ -116,10 +106,6 @@ class Metrics:
         self._kernel_operations.observe((), operations)
         self._kernel_batch.observe((), duration_ns)
 
-    def notification(self, outcome: Delivery) -> None:
-        """Count an attempt to notify a subscriber."""
-        self._notifications.add((outcome,))
-
     def token_refused(self, reason: str) -> None:
         """Count a token that was refused; `reason` is one of a few words, never input."""
         self._refused_tokens.add((reason,))
@@ -152,6 +138,12 @@ class Metrics:
         for reason, packets in levels.dropped_packets.items():
             dropped.add_metric((reason,), packets)
         yield dropped
+        notices = CounterMetricFamily(
+            "aipaging_notices", "Attempts to deliver notices, by outcome.", labels=("outcome",)
+        )
+        for outcome, count in levels.notices.items():
+            notices.add_metric((outcome,), count)
+        yield notices
 
     def _counter(self, name: str, help_text: str, *labels: str) -> "_Counter":
         counter = _Counter(f"aipaging_{name}", help_text, labels)

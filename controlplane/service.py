@@ -6,9 +6,10 @@ deadlines, and deliver notices.
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -17,7 +18,7 @@ from controlplane.access_tokens import TokenService
 from controlplane.admission import Pools, Rates
 from controlplane.catalogue import Catalogue
 from controlplane.checkpoint import Signer
-from controlplane.clock import Clock
+from controlplane.clock import NS_PER_S, Clock
 from controlplane.codec import Record
 from controlplane.committer import Committer
 from controlplane.controller import AnchorGateway, Controller, Settings, Subscriber
@@ -30,7 +31,7 @@ from controlplane.keys import KeyRing
 from controlplane.lease import Lease, Terms
 from controlplane.ledger import Ledger
 from controlplane.measured import Measured
-from controlplane.metrics import Metrics
+from controlplane.metrics import Levels, Metrics
 from controlplane.northbound.plane import ControlPlane
 from controlplane.paging import Pager
 from controlplane.policy import Tenants
@@ -42,6 +43,7 @@ from controlplane.telling import Teller, replayed, stream_event
 from controlplane.triggers import Triggers, TriggerSettings
 from controlplane.upkeep import Keeper
 
+MAX_SLEEP_S = 3_600.0
 ACCESS_TOKEN_AUDIENCE = "ai-paging-api"
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class Options:
     settings: Settings = field(default_factory=Settings)
     triggers: TriggerSettings = field(default_factory=TriggerSettings)
     failure_detection_ms: int = 200
+    key_rotation_s: int = 86_400
     api_root: str = "http://localhost"
     allow_http_sinks: bool = False
 
@@ -111,6 +114,8 @@ class Service:
     ) -> None:
         """Replay the store's evidence. Raises StoreError, FleetError, ValueError."""
         self._clock = clock
+        self._keys = keys
+        self._key_rotation_s = options.key_rotation_s
         self._log = EvidenceLog(store, clock)
         fleet = Fleet(
             catalogue.anchors, network.attachment_points, budget_ms=options.failure_detection_ms
@@ -123,9 +128,16 @@ class Service:
         self._ledger.forget(clock.now_ns())
         self._stream = Broadcaster(lambda after: replayed(self._log, self._ledger, after))
         self._metrics = Metrics()
+        self._metrics.watch(self._levels)
         teller = Teller(self._ledger, clock, options.api_root, store.with_sink())
         self._committer = Committer(
-            self._log, self._ledger, enforcer, clock, teller.notices, self._observe
+            self._log,
+            self._ledger,
+            enforcer,
+            clock,
+            self._metrics,
+            teller.notices,
+            self._observe,
         )
         self._dispatcher = Dispatcher(outbox, sink_client(), lambda: keys.signing)
         controller = Controller(
@@ -174,6 +186,7 @@ class Service:
             log.info("reconciled with the kernel: %s", reconciled)
             tasks.append(asyncio.create_task(self._keeper.run(), name="keeper"))
             tasks.append(asyncio.create_task(self._dispatcher.run(), name="dispatcher"))
+            tasks.append(asyncio.create_task(self._rotate_keys(), name="keys"))
             yield self.plane
         finally:
             self._stream.close()
@@ -183,6 +196,30 @@ class Service:
                     await task
             self._committer.stop()
             await committing
+
+    async def _rotate_keys(self) -> None:
+        """Sign with a new key when the present one has signed for long enough."""
+        while True:
+            now_unix_ns = self._clock.to_unix_ns(self._clock.now_ns())
+            due_unix_ns = self._keys.signing_since_unix_ns + self._key_rotation_s * NS_PER_S
+            if due_unix_ns <= now_unix_ns:
+                self._keys.rotate(now_unix_ns)
+                self._keys.prune(now_unix_ns)
+                due_unix_ns = now_unix_ns + self._key_rotation_s * NS_PER_S
+            await asyncio.sleep(min((due_unix_ns - now_unix_ns) / NS_PER_S, MAX_SLEEP_S))
+
+    def _levels(self) -> Levels:
+        """Return what there is, for the metrics."""
+        ledger = self._ledger
+        states = Counter(held.state.value for held in ledger.live())
+        anchors = Counter(status.state.value for status in ledger.fleet.statuses())
+        return Levels(
+            leases=states,
+            sessions={"LIVE": ledger.live_sessions},
+            anchors=anchors,
+            dropped_packets=self.plane.drops,
+            notices=asdict(self._dispatcher.counts),
+        )
 
     def _observe(self, events: Sequence[Record], first: int, noticed: bool) -> None:
         """Tell whoever follows of events that are durable and folded."""

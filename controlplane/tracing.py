@@ -40,7 +40,10 @@ def span(name: str, **attributes: str | bool | int | float) -> AbstractContextMa
     """Measure what runs within. Spans nest; an exception is recorded and passes."""
     if _tracer is None:
         return _NO_SPAN
-    return _tracer.start_as_current_span(name, attributes=attributes)
+    started: AbstractContextManager[Any] = _tracer.start_as_current_span(
+        name, attributes=attributes
+    )
+    return started
 
 
 def configure_tracing(

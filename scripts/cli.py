@@ -55,9 +55,13 @@ COMMANDS = {
         "scripts.background:down",
         "Stop that network.",
     ),
+    "serve": (
+        "scripts.serve:command",
+        "Serve the control plane as a daemon, on any Linux router.",
+    ),
     "bench": (
         "scripts.bench.commands:group",
-        "Measure what the gate costs.",
+        "Measure what gate and control plane cost.",
     ),
     "doctor": (
         "scripts.doctor:command",

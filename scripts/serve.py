@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import logging
+import resource
 from collections.abc import AsyncIterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
@@ -26,24 +27,29 @@ from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.clock import Clock
 from controlplane.configfile import ConfigModel, load_yaml
 from controlplane.controller import AnchorRefusedError, Settings, Subscriber
+from controlplane.enforcement import EnforcementError
+from controlplane.fleet import FleetError
 from controlplane.http_server import HttpServer
 from controlplane.intent import Name
-from controlplane.keys import KeyRing, generate_key, load_private_key
-from controlplane.listeners import Listener, TcpListener, UnixListener
+from controlplane.keys import KeyFileError, KeyRing, generate_key, load_private_key
+from controlplane.listeners import Listener, ListenError, TcpListener, UnixListener
 from controlplane.northbound.app import create_app
 from controlplane.northbound.plane import OPERATOR_LISTENER
 from controlplane.policy import Tenants, load_tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox
 from controlplane.sqlite_store import SqliteStore
+from controlplane.store import StoreError
+from controlplane.tracing import TracingUnavailable, configure_tracing
 from controlplane.triggers import TriggerSettings
 from scripts import evidence_files
-from scripts.errors import require_root
+from scripts.errors import UserError, require_root
 from upf import qos, routing
 from upf.config import AnchorPort, Attachment, GateConfig
 from upf.features import probe
 from upf.gate import Gate
 from upf.local import LocalUserPlane
+from upf.routing import RoutingError
 
 READY_TIMEOUT_S = 0.5
 THIS_NETNS = "/proc/self/ns/net"
@@ -51,6 +57,12 @@ STORE_FILE = "control.db"
 EVIDENCE_KEY_FILE = "evidence.key"
 KEYS_FOLDER = "keys"
 SOCKET_FILE = "operator.sock"
+
+# What may be wrong with the machine or its state, said in one line.
+FAILURES = (
+    *(StoreError, ListenError, KeyFileError, FleetError, EnforcementError),
+    *(RoutingError, qos.QosError, TracingUnavailable),
+)
 
 log = logging.getLogger(__name__)
 Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
@@ -78,6 +90,8 @@ class ServeConfig(ConfigModel):
     settings: Settings = Settings()
     triggers: TriggerSettings = TriggerSettings()
     failure_detection_ms: Annotated[int, Field(ge=20, le=60_000)] = 200
+    key_rotation_s: Annotated[int, Field(ge=60)] = 86_400  # how long a key signs
+    traces: str | None = None  # OTLP/HTTP endpoint for traces of transactions (extra `otel`)
     api_root: str = "http://localhost"
     allow_http_sinks: bool = False
     upf_netns: str = THIS_NETNS  # the network namespace of the user plane
@@ -172,6 +186,7 @@ async def serve(config: ServeConfig) -> None:
                 settings=config.settings,
                 triggers=config.triggers,
                 failure_detection_ms=config.failure_detection_ms,
+                key_rotation_s=config.key_rotation_s,
                 api_root=config.api_root,
                 allow_http_sinks=config.allow_http_sinks,
             ),
@@ -209,6 +224,12 @@ def _evidence_key(path: Path) -> Any:
     return load_private_key(path) if path.exists() else generate_key(path)
 
 
+def _raise_file_limit() -> None:
+    """Allow as many connections as the machine lets us."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _ready() -> None:
     gc.collect()
     gc.freeze()  # what is here now stays: keep it out of every later collection
@@ -237,7 +258,14 @@ def write_config(path: Path, config: ServeConfig) -> None:
     is_flag=True,
     help="Take away what an earlier run left in the kernel (table, rules, qdiscs), and end.",
 )
-def command(file: Path, only_remove: bool) -> None:
+@click.option(
+    "--log-level",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]),
+    default="INFO",
+    show_default=True,
+    help="DEBUG has a line for every page.",
+)
+def command(file: Path, only_remove: bool, log_level: str) -> None:
     """Serve the control plane over this machine's user plane, as FILE (YAML) says.
 
     FILE names the N3 and N6 interfaces, the anchors, the UEs and the folder for the daemon's state;
@@ -255,5 +283,11 @@ def command(file: Path, only_remove: bool) -> None:
     if only_remove:
         remove(config)
         return
-    logs.configure()
-    uvloop.run(serve(config))
+    logs.configure(level=logging.getLevelNamesMapping()[log_level])
+    _raise_file_limit()
+    if config.traces is not None:
+        configure_tracing(config.traces)
+    try:
+        uvloop.run(serve(config))
+    except FAILURES as error:
+        raise UserError(str(error)) from error

@@ -116,5 +116,6 @@ async def jwks(plane: Plane) -> Response:
 async def metrics(caller: Identified, plane: Plane) -> Response:
     """Return the metrics, for the operator."""
     caller.require_operator()
+    plane.drops.update(await plane.controller.enforcer.drops())
     body, content_type = plane.metrics.exposition()
     return Response(body, headers={"content-type": content_type})

@@ -42,6 +42,7 @@ class ControlPlane:
     anchor_by_address: Mapping[Address, str]
     allow_http_sinks: bool = False
     ue_by_address: dict[Address, str] = field(init=False)
+    drops: dict[str, int] = field(default_factory=dict)  # by reason, when they were read last
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ue_by_address", self.controller.ue_by_address())

@@ -4,7 +4,7 @@ import time
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from controlplane.metrics import SUCCESS, Delivery, Levels, Metrics, Transaction
+from controlplane.metrics import SUCCESS, Levels, Metrics, Transaction
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -29,7 +29,6 @@ def test_what_is_counted_is_exposed_in_seconds_and_by_label() -> None:
     metrics.transaction(Transaction.RELOCATION_LOAD, "NO_CANDIDATE", 5_000_000_000, {})
     metrics.journal_batch(entries=3, sync_ns=700_000)
     metrics.kernel_batch(operations=2, duration_ns=30_000)
-    metrics.notification(Delivery.GIVEN_UP)
     metrics.token_refused("expired")
     metrics.rate_limited("acme")
 
@@ -49,7 +48,6 @@ def test_what_is_counted_is_exposed_in_seconds_and_by_label() -> None:
     assert value(metrics, "journal_batch_entries_bucket", le="4.0") == 1
     assert value(metrics, "journal_sync_duration_seconds_sum") == 0.0007
     assert value(metrics, "kernel_batch_operations_sum") == 2
-    assert value(metrics, "notifications_total", outcome="given_up") == 1
     assert value(metrics, "token_refusals_total", reason="expired") == 1
     assert value(metrics, "rate_limited_requests_total", tenant="acme") == 1
 
@@ -57,7 +55,12 @@ def test_what_is_counted_is_exposed_in_seconds_and_by_label() -> None:
 def test_states_are_read_when_they_are_asked_for() -> None:
     metrics = Metrics()
     leases = {"COMMITTED": 1}
-    metrics.watch(lambda: Levels(leases=leases, dropped_packets={"no_lease_uplink": 7}))
+    metrics.watch(
+        lambda: Levels(
+            leases=leases, dropped_packets={"no_lease_uplink": 7}, notices={"given_up": 4}
+        )
+    )
+    assert value(metrics, "notices_total", outcome="given_up") == 4
     assert value(metrics, "leases", state="COMMITTED") == 1
     leases["COMMITTED"] = 2
     assert value(metrics, "leases", state="COMMITTED") == 2
