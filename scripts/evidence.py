@@ -1,35 +1,33 @@
-"""`aipaging evidence`: verify an evidence log offline, or read it."""
+"""`aipaging evidence`: verify an evidence log offline, read it, or export it."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 import click
 
-from controlplane.audit import Rule
+from controlplane.audit_rules import Rule
 from controlplane.checkpoint import Checkpoint, CheckpointError, Verifier, verify
-from controlplane.clock import rfc3339
-from controlplane.entries import UTC_CLOCK, Chain, Entry, EntryError
-from controlplane.lease import Committed, DrainStarted, Ended, Prepared, Renewed, Terms
 from controlplane.verification import CHECKPOINT, Problem, Verdict, verify_log
 from scripts.cli import LazyGroup
 from scripts.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
-from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE
+from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, lines_of, open_log
 
-MAX_LINE_BYTES = 1 << 20
 MAX_TEXT_BYTES = 1 << 20
 MAX_SHOWN = 100  # problems
+MOVES = ("relocations", "recoveries", "repages", "breaks")
 COMMANDS = {
     "verify": (
         "scripts.evidence:verify_command",
         "Check links, root, signature and rules of a log.",
     ),
     "show": (
-        "scripts.evidence:show",
+        "scripts.evidence_show:show",
         "Print what happened, session by session.",
+    ),
+    "export": (
+        "scripts.evidence_export:export",
+        "Write the log in a daemon's store to a file.",
     ),
 }
 FILE = click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
@@ -37,11 +35,12 @@ FILE = click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS)
 def group() -> None:
-    """Verify a run's evidence log offline, or read it.
+    """Verify an evidence log offline, read it, or export it from a daemon's store.
 
     \b
       aipaging evidence verify results/first/evidence.jsonl
       aipaging evidence show results/first/evidence.jsonl
+      aipaging evidence export /var/lib/aipaging/control.db evidence.jsonl
     """
 
 
@@ -76,65 +75,14 @@ def verify_command(file: Path, key: str | None, checkpoint: Path | None, as_json
         signed = verify(verifier, note)
     except CheckpointError as error:
         unsigned = [Problem(None, CHECKPOINT, str(error))]
-    with _open(file) as log:
-        verdict = verify_log(_lines(log), signed)
+    with open_log(file) as log:
+        verdict = verify_log(lines_of(log), signed)
     verdict.problems += unsigned
     if as_json:
         click.echo(json.dumps(_described(verdict, signed, verifier), indent=2))
     else:
         _print(verdict, signed, f"{verifier.name}+{verifier.key_id.hex()}, {key_from}")
     return EXIT_FAILED if verdict.problems else 0
-
-
-@click.command()
-@FILE
-def show(file: Path) -> None:
-    """Print what the evidence log FILE tells, session by session. It is not verified."""
-    chain = Chain(UTC_CLOCK)
-    terms: dict[str, Terms] = {}
-    sessions: dict[str, list[str]] = defaultdict(list)
-    with _open(file) as log:
-        for number, raw in enumerate(_lines(log)):
-            line = raw.removesuffix(b"\n")
-            try:
-                entry = chain.check(line)
-            except EntryError as error:
-                chain.skip(line, error.index)
-                click.echo(f"entry {number}: {error}", err=True)
-                continue
-            if isinstance(entry.event, Prepared):
-                terms[entry.event.terms.lease_id] = entry.event.terms
-                lease = entry.event.terms
-            elif entry.event.lease_id in terms:
-                lease = terms[entry.event.lease_id]
-            else:
-                click.echo(f"entry {number}: lease {entry.event.lease_id} is unknown", err=True)
-                continue
-            sessions[lease.session_id].append(_told(entry, lease))
-            if len(sessions[lease.session_id]) == 1:
-                head = f"session {lease.session_id}: {lease.ue} with {lease.aisi}"
-                sessions[lease.session_id].insert(0, head)
-    click.echo("\n\n".join("\n".join(lines) for lines in sessions.values()) or "no entries")
-
-
-def _told(entry: Entry, lease: Terms) -> str:
-    match entry.event:
-        case Prepared(_, until_ns):
-            what = f"prepared, until {_time(until_ns)} at the latest"
-        case Committed(_, until_ns):
-            what = f"granted until {_time(until_ns)}"
-        case Renewed(_, until_ns):
-            what = f"renewed until {_time(until_ns)}"
-        case DrainStarted(_, until_ns):
-            what = f"superseded, drains until {_time(until_ns)}"
-        case Ended(_, reason):
-            what = f"ended: {reason}"
-    when = rfc3339(entry.at_ns)
-    return f"  {entry.index:>6}  {when[:-4]}Z  {lease.anchor} @{lease.epoch}  {what}"
-
-
-def _time(unix_ns: int) -> str:
-    return rfc3339(unix_ns)[11:-7]
 
 
 def _print(verdict: Verdict, signed: Checkpoint | None, key: str) -> None:
@@ -146,10 +94,14 @@ def _print(verdict: Verdict, signed: Checkpoint | None, key: str) -> None:
         click.echo(f"checkpoint  {signed.size} entries, root {signed.root.hex()}{covers}")
         click.echo(f"            signed by {key}")
     click.echo(
-        f"rules       {len(Rule)} over {verdict.audited} entries: {counts.leases} leases of "
-        f"{counts.sessions} sessions, {counts.relocations} make-before-break relocations, "
-        f"{len(counts.open_leases)} leases open at the end"
+        f"rules       {len(Rule)} over {verdict.audited} entries: {counts.sessions} sessions, "
+        f"{counts.leases} leases, {len(counts.open_leases)} leases open at the end"
     )
+    click.echo(
+        f"moves       {counts.relocations} make-before-break, {counts.breaks} break-before-make, "
+        f"{counts.recoveries} from a dead anchor, {counts.repages} to another service"
+    )
+    click.echo(f"pre-empted  {counts.preemptions} leases")
     for lease_id in counts.open_leases[:MAX_SHOWN]:
         click.echo(f"            open: lease {lease_id}")
     for problem in verdict.problems[:MAX_SHOWN]:
@@ -171,9 +123,10 @@ def _described(
         "key": str(verifier),
         "rules": [rule.value for rule in Rule],
         "audited_entries": verdict.audited,
-        "leases": verdict.counts.leases,
-        "sessions": verdict.counts.sessions,
-        "relocations": verdict.counts.relocations,
+        **{
+            name: getattr(verdict.counts, name)
+            for name in ("starts", "leases", "sessions", *MOVES, "preemptions")
+        },
         "open_leases": list(verdict.counts.open_leases),
         "findings": [asdict(problem) for problem in verdict.problems],
     }
@@ -201,15 +154,3 @@ def _text(path: Path, what: str, option: str) -> str:
         raise UserError(message, EXIT_BAD_INPUT) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as {what}: {error}", EXIT_BAD_INPUT) from error
-
-
-def _open(file: Path) -> BinaryIO:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}", EXIT_BAD_INPUT) from error
-
-
-def _lines(log: BinaryIO) -> Iterator[bytes]:
-    """Yield lines with their ends; one that is far too long in pieces."""
-    return iter(lambda: log.readline(MAX_LINE_BYTES), b"")

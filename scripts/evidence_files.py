@@ -1,12 +1,16 @@
-"""The files that lie beside an evidence log, so that anybody can verify it later."""
+"""An exported evidence log, and the files beside it, so that anybody can verify it later."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from controlplane import checkpoint
 from controlplane.checkpoint import CheckpointError, Signer
 from controlplane.evidence import EvidenceLog
 from controlplane.store import StoreError
+from scripts.errors import EXIT_BAD_INPUT, UserError
 
+MAX_LINE_BYTES = 1 << 20
 CHECKPOINT_FILE = "checkpoint.txt"
 VKEY_FILE = "evidence.vkey"  # the public key
 
@@ -36,3 +40,16 @@ def write(path: Path, text: str) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)
+
+
+def open_log(file: Path) -> BinaryIO:
+    """Open an exported log. Raises UserError."""
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}", EXIT_BAD_INPUT) from error
+
+
+def lines_of(log: BinaryIO) -> Iterator[bytes]:
+    """Yield lines with their ends; one that is far too long in pieces."""
+    return iter(lambda: log.readline(MAX_LINE_BYTES), b"")

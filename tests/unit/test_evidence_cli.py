@@ -1,8 +1,8 @@
 """`aipaging evidence`: what was tampered with does not verify, and is named."""
 
-import asyncio
+import contextlib
+import io
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,51 +10,48 @@ import pytest
 import rfc8785
 from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from fakes import KEY, FakeClock, World
+from histories import EVERYTHING, MOVE, lines, prepared
 
-from controlplane.checkpoint import Signer, sign
+from controlplane.checkpoint import Checkpoint, Signer, sign
+from controlplane.clock import Clock
 from controlplane.entries import NO_ENTRY, entry_digest
-from controlplane.evidence import Journal, JournalError
-from controlplane.intent import Intent
+from controlplane.evidence import EvidenceLog
 from controlplane.merkle import Tree, leaf_hash
+from controlplane.sqlite_store import SqliteStore
+from controlplane.store import StoreError, Write
+from controlplane.verification import verify_log
 from scripts.errors import UserError
 from scripts.evidence import group
 from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, check_continues, publish
 
+KEY = Ed25519PrivateKey.generate()
 SIGNER = Signer.of_log(KEY)
 OTHER = Signer.of_log(Ed25519PrivateKey.generate())
 Lines = list[bytes]
 
 
-@pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A result folder: a log of ten entries, its checkpoint and its key."""
-    folder = tmp_path_factory.mktemp("result")
-    world = World(folder)
+LOG = lines(EVERYTHING)
+SIZE = len(LOG)
 
-    async def history() -> None:
-        grant = await world.controller.page("ue1", Intent(task="text-generation"))
-        await world.controller.page("ue2", Intent(task="text-generation"))
-        world.clock.advance(10)
-        session_id = grant.lease.terms.session_id
-        await world.controller.relocate(session_id, "cloud")
-        world.clock.advance(100)
-        world.controller.tick()
-        world.controller.renew(session_id, 90_000)
-        world.controller.release(session_id)
 
-    asyncio.run(history())
-    publish(world.journal, SIGNER)
-    world.close()
-    world.path.rename(folder / "evidence.jsonl")
-    return folder
+def signed(log: Lines) -> str:
+    """The checkpoint of a log, by its own key."""
+    tree = Tree()
+    for line in log:
+        tree.append(leaf_hash(line.removesuffix(b"\n")))
+    return sign(SIGNER, tree.size, tree.root())
 
 
 @pytest.fixture
-def log(result: Path, tmp_path: Path) -> Path:
-    """A copy to tamper with."""
-    shutil.copytree(result, tmp_path / "run")
-    return tmp_path / "run" / "evidence.jsonl"
+def log(tmp_path: Path) -> Path:
+    """A result folder: a log with entries of every kind, its checkpoint and its key."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / CHECKPOINT_FILE).write_text(signed(LOG))
+    (folder / VKEY_FILE).write_text(f"{SIGNER.verifier}\n")
+    file = folder / "evidence.jsonl"
+    file.write_bytes(b"".join(LOG))
+    return file
 
 
 def run(*arguments: object) -> Result:
@@ -86,8 +83,9 @@ def problems(log: Path, *options: object) -> list[tuple[int | None, str]]:
 def test_a_result_folder_verifies_by_itself(log: Path) -> None:
     assert problems(log) == []
     output = run("verify", log).output
-    assert "10 entries, root" in output
-    assert "3 leases of 2 sessions, 1 make-before-break relocations, 1 leases open" in output
+    assert f"{SIZE} entries, root" in output
+    assert "7 sessions, 9 leases, 0 leases open at the end" in output
+    assert "1 make-before-break, 0 break-before-make, 1 from a dead anchor, 1 to another" in output
     assert f"{SIGNER.name}+{SIGNER.verifier.key_id.hex()}" in output
 
 
@@ -99,10 +97,7 @@ def test_with_key_and_checkpoint_from_elsewhere(log: Path, tmp_path: Path) -> No
 
 
 def test_entries_after_the_checkpoint_are_counted(log: Path) -> None:
-    tree = Tree()
-    for line in log.read_bytes().splitlines()[:7]:
-        tree.append(leaf_hash(line))
-    log.with_name(CHECKPOINT_FILE).write_text(sign(SIGNER, tree.size, tree.root()))
+    log.with_name(CHECKPOINT_FILE).write_text(signed(LOG[:-3]))
     assert problems(log) == []
     assert "3 later entries are not signed" in run("verify", log).output
 
@@ -110,24 +105,25 @@ def test_entries_after_the_checkpoint_are_counted(log: Path) -> None:
 # Tampered with
 
 CHANGED_ROOT = (None, "checkpoint")
+LAST = SIZE - 1
 TAMPERED: list[tuple[str, Callable[[Lines], Lines], list[tuple[int | None, str]]]] = [
-    ("first dropped", lambda a: a[1:], [(0, "link"), (None, "checkpoint")]),
-    ("one dropped", lambda a: a[:4] + a[5:], [(4, "link"), (None, "checkpoint")]),
-    ("truncated", lambda a: a[:-1], [(None, "checkpoint")]),
-    ("emptied", lambda a: [], [(None, "checkpoint")]),
+    ("first dropped", lambda a: a[1:], [(0, "link"), CHANGED_ROOT]),
+    ("one dropped", lambda a: a[:4] + a[5:], [(4, "link"), CHANGED_ROOT]),
+    ("truncated", lambda a: a[:-1], [CHANGED_ROOT]),
+    ("emptied", lambda a: [], [CHANGED_ROOT]),
     ("one doubled", lambda a: [*a[:5], a[4], *a[5:]], [(5, "link"), CHANGED_ROOT]),
-    ("last doubled", lambda a: [*a, a[-1]], [(10, "link")]),
+    ("last doubled", lambda a: [*a, a[-1]], [(SIZE, "link")]),
     (
         "two swapped",
         lambda a: [*a[:3], a[4], a[3], *a[5:]],
         [(3, "link"), (4, "link"), (5, "link"), CHANGED_ROOT],
     ),
-    ("rewritten", lambda a: [a[0].replace(b"edge1", b"no"), *a[1:]], [(0, "link"), CHANGED_ROOT]),
+    ("rewritten", lambda a: [a[0].replace(b"first", b"no"), *a[1:]], [(0, "link"), CHANGED_ROOT]),
     ("a stranger", lambda a: [*a[:3], b"[]\n", *a[3:]], [(3, "link"), (4, "link"), CHANGED_ROOT]),
-    ("cut short", lambda a: [*a[:-1], a[-1][:-9]], [(9, "link"), CHANGED_ROOT]),
-    ("last line not ended", lambda a: [*a[:-1], a[-1][:-1]], [(9, "link")]),
-    ("reformatted", lambda a: [*a[:-1], a[-1].replace(b",", b", ")], [(9, "link"), CHANGED_ROOT]),
-]  # fmt: skip
+    ("cut short", lambda a: [*a[:-1], a[-1][:-9]], [(LAST, "link"), CHANGED_ROOT]),
+    ("last line not ended", lambda a: [*a[:-1], a[-1][:-1]], [(LAST, "link")]),
+    ("spaced", lambda a: [*a[:-1], a[-1].replace(b",", b", ")], [(LAST, "link"), CHANGED_ROOT]),
+]
 
 
 @pytest.mark.parametrize(
@@ -136,19 +132,37 @@ TAMPERED: list[tuple[str, Callable[[Lines], Lines], list[tuple[int | None, str]]
 def test_tampering_is_named(
     log: Path, tamper: Callable[[Lines], Lines], named: list[tuple[int | None, str]]
 ) -> None:
-    log.write_bytes(b"".join(tamper(log.read_bytes().splitlines(keepends=True))))
+    log.write_bytes(b"".join(tamper(LOG)))
     assert problems(log) == named
 
 
-def test_any_flipped_bit_is_named(log: Path) -> None:
-    whole = log.read_bytes()
-    for at in range(0, len(whole), 41):
+def first_problem(log: Lines) -> tuple[int | None, str]:
+    """What the verdict names first, of a log whose checkpoint is that of the good one."""
+    checkpoint = SIGNER.verifier.open(signed(LOG))
+    verdict = verify_log(iter(log), Checkpoint.parse(checkpoint))
+    problem = verdict.problems[0]
+    return problem.index, problem.rule
+
+
+def test_any_entry_dropped_doubled_or_out_of_order_is_named() -> None:
+    for at in range(SIZE):
+        dropped = [*LOG[:at], *LOG[at + 1 :]]
+        assert first_problem(dropped) == ((at, "link") if at < LAST else CHANGED_ROOT)
+        assert first_problem([*LOG[: at + 1], *LOG[at:]]) == (at + 1, "link")
+        for to in {0, SIZE // 2, LAST} - {at}:
+            moved = [*dropped[:to], LOG[at], *dropped[to:]]
+            assert first_problem(moved) == (min(at, to), "link")
+
+
+def test_any_flipped_bit_is_named() -> None:
+    """In keys, values, punctuation and line ends, of entries of every kind."""
+    whole = b"".join(LOG)
+    ends = [at for at, byte in enumerate(whole) if byte == ord("\n")]
+    for at in [*range(0, len(whole), 19), *ends]:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << at % 8
-        log.write_bytes(damaged)
-        output, entry = run("verify", log).output, whole[:at].count(b"\n")
-        assert f"\nentry {entry}: link: " in output
-        assert output.endswith("findings\n")
+        entry = whole[:at].count(b"\n")
+        assert first_problem(list(io.BytesIO(damaged))) == (entry, "link")
 
 
 def forged(lines: Lines, change: Callable[[list[dict[str, object]]], None]) -> bytes:
@@ -167,37 +181,45 @@ def forged(lines: Lines, change: Callable[[list[dict[str, object]]], None]) -> b
 
 def test_a_log_forged_with_care_has_another_root(log: Path) -> None:
     def move(entries: list[dict[str, object]]) -> None:
-        entries[0]["terms"]["anchor"] = "edge2"  # type: ignore[index]
+        for entry in entries:
+            if entry["type"] == "Prepared":
+                entry["terms"]["anchor"] = "edge9"  # type: ignore[index]
+                return
 
-    log.write_bytes(forged(log.read_bytes().splitlines(), move))
+    log.write_bytes(forged(LOG, move))
     assert problems(log) == [CHANGED_ROOT]
 
 
 def test_what_a_controller_signs_is_not_yet_lawful(log: Path) -> None:
     """A log with a good signature, of a controller that broke the rules."""
+    kinds = [json.loads(line)["type"] for line in LOG]
 
     def unlawful(entries: list[dict[str, object]]) -> None:
-        del entries[1]  # the COMMIT of what is later relocated
+        del entries[kinds.index("DrainStarted")]
 
-    log.write_bytes(forged(log.read_bytes().splitlines(), unlawful))
-    tree = Tree()
-    for line in log.read_bytes().splitlines():
-        tree.append(leaf_hash(line))
-    log.with_name(CHECKPOINT_FILE).write_text(sign(SIGNER, tree.size, tree.root()))
-    assert {rule for _, rule in problems(log)} >= {"commit-after-prepare", "make-before-break"}
+    log.write_bytes(forged(LOG, unlawful))
+    log.with_name(CHECKPOINT_FILE).write_text(signed(log.read_bytes().splitlines()))
+    flip = kinds.index("DrainStarted") - 1
+    assert (flip, "make-before-break") in problems(log)
 
 
 @pytest.mark.parametrize("value", [None, 5, [], {}, "x", True, 1e300])
-@pytest.mark.parametrize("name", ["at", "type", "terms", "until", "epoch", "lease_id", "flows"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("at", "type", "terms", "until", "epoch", "lease_id", "flows", "intent", "usage"),
+        *("counted", "leases", "acknowledged", "anchor", "policy", "uplink_bytes", "extra"),
+    ],
+)
 def test_nothing_in_a_forged_log_brings_it_down(log: Path, name: str, value: object) -> None:
     def spoil(entries: list[dict[str, object]]) -> None:
         for entry in entries:
-            terms = entry.get("terms")
-            where = terms if isinstance(terms, dict) and name in terms else entry
-            if name in where:
+            inner = [part for part in entry.values() if isinstance(part, dict) and name in part]
+            where = inner[0] if inner else entry
+            if name in where or name == "extra":
                 where[name] = value
 
-    log.write_bytes(forged(log.read_bytes().splitlines(), spoil))
+    log.write_bytes(forged(LOG, spoil))
     assert problems(log)
 
 
@@ -211,7 +233,7 @@ def test_a_wrong_key(log: Path) -> None:
 
 def test_a_forged_checkpoint(log: Path) -> None:
     note = log.with_name(CHECKPOINT_FILE)
-    note.write_text(note.read_text().replace("\n10\n", "\n9\n"))
+    note.write_text(note.read_text().replace(f"\n{SIZE}\n", f"\n{LAST}\n"))
     assert problems(log) == [(None, "checkpoint")]
 
 
@@ -233,46 +255,61 @@ def test_what_is_no_key(log: Path, key: str) -> None:
 # What a controller may sign
 
 
-def test_a_key_never_signs_two_logs(log: Path) -> None:
+def test_a_key_never_signs_two_logs(tmp_path: Path) -> None:
     """It signs a log that goes on from what it signed, and no other."""
-    whole = log.read_bytes()
 
-    def check(signer: Signer = SIGNER) -> None:
-        journal = Journal(log, FakeClock())
-        try:
-            list(journal.replay())
-            check_continues(journal, signer)
-        finally:
-            journal.close()
+    def check(log: Lines, signer: Signer = SIGNER) -> None:
+        with contextlib.closing(SqliteStore(tmp_path / f"{len(log)}.db")) as store:
+            store.write(Write([line.removesuffix(b"\n") for line in log]))
+            read = EvidenceLog(store, Clock(unix_offset_ns=0))
+            list(read.replay())
+            check_continues(tmp_path, read, signer)
+            if note.exists():
+                return
+            publish(tmp_path, read, signer)
 
-    check()
-    log.write_bytes(b"".join(whole.splitlines(keepends=True)[:9]))
-    with pytest.raises(JournalError, match="is not the log that"):
-        check()
-    check(OTHER)
-    log.write_bytes(whole)
-    note = log.with_name(CHECKPOINT_FILE)
+    note = tmp_path / CHECKPOINT_FILE
+    check(LOG[:9])
+    assert note.read_text() == signed(LOG[:9])
+    assert (tmp_path / VKEY_FILE).read_text() == f"{SIGNER.verifier}\n"
+    check(LOG)
+    with pytest.raises(StoreError, match="is not the one that"):
+        check(LOG[:8])
+    check(LOG[:7], OTHER)
     note.write_text(sign(SIGNER, 4, bytes(32)))
-    with pytest.raises(JournalError, match="is not the log that"):
-        check()
-    note.unlink()
-    check()
+    with pytest.raises(StoreError, match="is not the one that"):
+        check(LOG[:10])
 
 
 # Reading
 
 
 def test_show_tells_what_happened(log: Path) -> None:
-    first, second = run("show", log).output.split("\n\n")
-    assert ": ue1 with chat\n" in first
-    assert ": ue2 with chat\n" in second
+    *sessions, network = run("show", log).output.split("\n\n")
+    assert len(sessions) == 7
+    assert sessions[0].splitlines() == [
+        "session s: ue1 with chat, of clinic",
+        "       3  2025-10-09T08:53:20.000000Z  edge1 @1  prepared for PAGE, "
+        "until 08:54:59.000 at the latest",
+        "       4  2025-10-09T08:53:21.000000Z  edge1 @1  granted until 08:54:20.000",
+        "       5  2025-10-09T08:53:21.100000Z  edge1 @1  enforced since 08:53:21.050",
+        *sessions[0].splitlines()[4:],
+    ]
     for word in (
-        *("prepared", "granted until", "edge1 @1", "cloud @2", "superseded, drains until"),
-        *("ended: RELOCATED", "renewed until", "ended: RELEASED"),
+        *("superseded, drains until", "edge1 @2  prepared for REQUEST", "renewed until"),
+        "ended: RELOCATED; carried 10 packets (1,000 bytes) up, 20 (2,000) down",
     ):
-        assert word in first
-    assert len(first.splitlines()) == 1 + 8
-    assert len(second.splitlines()) == 1 + 2
+        assert word in sessions[0]
+    told = "\n".join(sessions)
+    for word in ("QoS alone @1", "ended: PREEMPTED", "ended: REPAGED", "ended: NOT_ENFORCED"):
+        assert word in told
+    assert network.splitlines()[0] == "network"
+    for word in (
+        *("controller first took over", "edge3 registered by acme: 4 slots, north"),
+        *("clinic has another policy: maxSessions=9", "ue2 moved to gnb2", "edge1 failed: dead"),
+        *("edge1 recovered", "edge2 takes no new sessions", "edge3 was withdrawn"),
+    ):
+        assert word in network
 
 
 def test_show_goes_on_behind_damage(log: Path) -> None:
@@ -282,9 +319,33 @@ def test_show_goes_on_behind_damage(log: Path) -> None:
     assert "ue2 with chat" in result.stdout
 
 
-def test_no_private_key_is_published(result: Path) -> None:
-    secret = KEY.private_bytes_raw()
-    for file in result.iterdir():
-        data = file.read_bytes()
-        assert secret not in data
-        assert secret.hex().encode() not in data
+def test_show_names_what_it_cannot_place(log: Path) -> None:
+    log.write_bytes(b"".join(lines([(1, MOVE[1][1]), (2, [prepared()])])))
+    result = run("show", log)
+    assert "entry 0: lease 'a' is unknown" in result.stderr
+    assert "session s" in result.stdout
+
+
+# Exporting
+
+
+def test_what_is_exported_verifies(tmp_path: Path) -> None:
+    state, to = tmp_path / "state", tmp_path / "to"
+    state.mkdir()
+    to.mkdir()
+    with contextlib.closing(SqliteStore(state / "control.db")) as store:
+        store.write(Write([line.removesuffix(b"\n") for line in LOG]))
+        read = EvidenceLog(store, Clock(unix_offset_ns=0))
+        list(read.replay())
+        publish(state, read, SIGNER)
+        with pytest.raises(UserError, match="another controller is using it"):
+            run("export", state / "control.db", to / "log")
+    run("export", state / "control.db", to / "log")
+    assert (to / "log").read_bytes() == b"".join(LOG)
+    assert problems(to / "log") == []
+
+
+def test_there_is_nothing_to_export(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such store"):
+        run("export", tmp_path / "control.db", tmp_path / "log")
+    assert list(tmp_path.iterdir()) == []
