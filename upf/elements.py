@@ -87,10 +87,18 @@ class Delete(NamedTuple):
     key: bytes
 
 
-ElementChange = Add | Delete
+# Bare tuples of the same fields do as well: to name the fields costs as much as to encode them.
+Addition = tuple[str, bytes, int, bytes, bytes, Counters | None]
+Deletion = tuple[str, bytes]
+ElementChange = Addition | Deletion
 
 
-def encode_additions(changes: Sequence[Add]) -> bytes:
+def is_deletion(change: ElementChange) -> bool:
+    """Return whether a change takes an element away."""
+    return len(change) == 2
+
+
+def encode_additions(changes: Sequence[Addition]) -> bytes:
     """Encode elements to add as the attributes of a list."""
     parts: list[bytes] = []
     lengths: tuple[int, ...] = ()
@@ -108,15 +116,16 @@ def encode_additions(changes: Sequence[Add]) -> bytes:
     return b"".join(parts)
 
 
-def encode_deletions(changes: Sequence[Delete]) -> bytes:
+def encode_deletions(changes: Sequence[Deletion]) -> bytes:
     """Encode elements to delete, or to look up, as the attributes of a list."""
-    return b"".join(
-        [part for _, key in changes for part in (key_head(len(key)), key, padding(len(key)))]
-    )
+    parts: list[bytes] = []
+    for _, key in changes:
+        parts += (_key_head(len(key)), key, padding(len(key)))
+    return b"".join(parts)
 
 
 @lru_cache(maxsize=64)
-def key_head(key_bytes: int) -> bytes:
+def _key_head(key_bytes: int) -> bytes:
     """Return what precedes the key in an element that is named by its key alone."""
     head = value_head(ELEM_KEY, key_bytes)
     return NLA.pack(4 + len(head) + key_bytes + len(padding(key_bytes)), LIST_ELEMENT) + head
@@ -174,7 +183,7 @@ def encode_look_up(names: Sequence[tuple[str, bytes]], sequence_number: int) -> 
                 GET_TYPE,
                 NLM_F_REQUEST,
                 set_name,
-                encode_deletions([Delete(set_name, key)]),
+                encode_deletions([(set_name, key)]),
                 sequence_number,
             )
             head = heads[set_name] = request[: -len(key) - len(padding(len(key)))]
@@ -226,16 +235,15 @@ def encode_batch(
     requests = [_BEGIN]
     last = len(groups) - 1
     for number, group in enumerate(groups):
-        if isinstance(group[0], Add):
-            kind, flags, elements = ADD_TYPE, add_flags, encode_additions(cast(list[Add], group))
-        else:
-            elements = encode_deletions(cast(list[Delete], group))
+        if is_deletion(group[0]):
+            elements = encode_deletions(cast(list[Deletion], group))
             kind, flags = DELETE_TYPE, DELETE_FLAGS
+        else:
+            elements = encode_additions(cast(list[Addition], group))
+            kind, flags = ADD_TYPE, add_flags
         if number == last:
             flags |= NLM_F_ACK
-        requests.append(
-            encode_message(kind, flags, group[0].set_name, elements, first_number + number)
-        )
+        requests.append(encode_message(kind, flags, group[0][0], elements, first_number + number))
     requests.append(_END)
     return EncodedBatch(b"".join(requests), first_number, groups)
 
@@ -243,12 +251,11 @@ def encode_batch(
 def _groups(changes: Sequence[ElementChange], most_deletions: int) -> list[list[ElementChange]]:
     groups: list[list[ElementChange]] = []
     group: list[ElementChange] = []
-    kind: type | None = None
-    set_name, room = "", 0
+    set_name, fields, room = "", 0, 0
     for change in changes:
-        if not room or change[0] != set_name or type(change) is not kind:
-            kind, set_name = type(change), change[0]
-            room = MAX_ELEMENTS if kind is Add else most_deletions
+        if not room or change[0] != set_name or len(change) != fields:
+            set_name, fields = change[0], len(change)
+            room = most_deletions if is_deletion(change) else MAX_ELEMENTS
             group = []
             groups.append(group)
         group.append(change)

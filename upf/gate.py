@@ -21,7 +21,7 @@ from controlplane.enforcement import (
     Usage,
 )
 from upf.config import GateConfig
-from upf.elements import Add, Counters, Delete
+from upf.elements import Addition, Counters
 from upf.flows import (
     NO_LEASE,
     ElementName,
@@ -93,8 +93,9 @@ class Gate:
         held = self._flows
         states: dict[bytes, FlowState] = {}
         for operation in operations:
-            self._check(operation, now)
-            for flow in subject(operation).flows:
+            binding = subject(operation)
+            self._check(operation, binding, now)
+            for flow in binding.flows:
                 key = flow_key(flow)
                 state = states.get(key) or held.get(key, NO_LEASE)
                 states[key] = next_state(operation, state, now)
@@ -191,14 +192,11 @@ class Gate:
 
     # From flow states to elements
 
-    def _check(self, operation: Operation, now_ns: int) -> None:
+    def _check(self, operation: Operation, binding: Binding, now_ns: int) -> None:
         self._elements.check(operation)
-        if isinstance(operation, (Install, Move)):
-            binding = subject(operation)
-            if binding.expires_ns - now_ns <= GUARD_MS * NS_PER_MS:
-                raise EnforcementError(
-                    f"lease {binding.lease_id} is over before the gate could open"
-                )
+        over = binding.expires_ns - now_ns <= GUARD_MS * NS_PER_MS
+        if over and isinstance(operation, (Install, Move)):
+            raise EnforcementError(f"lease {binding.lease_id} is over before the gate could open")
 
     def _commit(self, states: dict[bytes, FlowState], now_ns: int) -> None:
         """Send the difference between what is and what should be as one batch."""
@@ -250,20 +248,20 @@ class Gate:
             guard_ms = least_ms << doublings
             computed_ns = self._clock()
             ends_ns = computed_ns + guard_ms * NS_PER_MS
-            adds: list[Add] = []
+            adds: list[Addition] = []
             over: list[ElementName] = []
             for set_name, key, data, comment, deadline_ns, counters in changes:
                 timeout_ms = (deadline_ns - ends_ns) // NS_PER_MS
                 if timeout_ms > 0:
-                    adds.append(Add(set_name, key, timeout_ms, data, comment, counters))
+                    adds.append((set_name, key, timeout_ms, data, comment, counters))
                 else:
                     over.append((set_name, key))
             if over:
                 deletes = list(dict.fromkeys(deletes + over))
-            self._socket.commit([*(Delete(*name) for name in deletes), *adds])
+            self._socket.commit([*deletes, *adds])
             if not changes or self._clock() <= ends_ns:
                 return
             deletes = []
             changes = [self._changed(wanted, wanted, deletes) for wanted in changes]
-        self._socket.commit([Delete(*wanted[:2]) for wanted in changes])  # fail closed
+        self._socket.commit([wanted[:2] for wanted in changes])  # fail closed
         raise EnforcementError("this machine is too slow to time a lease")

@@ -18,11 +18,11 @@ from upf.elements import (
     ADD_FLAGS,
     ADD_NEW_FLAGS,
     ADD_TYPE,
-    Delete,
     ElementChange,
     encode_batch,
     encode_dump,
     encode_look_up,
+    is_deletion,
 )
 from upf.messages import Message
 from upf.netns import in_namespace
@@ -90,17 +90,17 @@ class NftSocket:
                 return
             corrected: list[ElementChange] = []
             for group, code in zip(batch.groups, codes, strict=True):
-                if code == errno.ENOENT and isinstance(group[0], Delete):
+                if code == errno.ENOENT and is_deletion(group[0]):
                     deletions_alone = True
                     if len(group) > 1:  # one of these has expired meanwhile
                         corrected += group
                 elif code == errno.EEXIST:  # one of these has not expired yet
-                    corrected += [Delete(change.set_name, change.key) for change in group]
+                    corrected += [change[:2] for change in group]
                     corrected += group
                     deletions_alone = True  # and the others have
                 elif code:
-                    verb = type(group[0]).__name__.lower()
-                    raise BatchError(code, f"to {verb} an element of {group[0].set_name}")
+                    verb = "delete" if is_deletion(group[0]) else "add"
+                    raise BatchError(code, f"to {verb} an element of {group[0][0]}")
                 else:
                     corrected += group
             changes = corrected

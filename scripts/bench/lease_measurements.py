@@ -18,12 +18,13 @@ from scripts.bench.installers import (
     commit_elements,
     grouped,
 )
+from upf.answers import Element
 from upf.config import AnchorPort, GateConfig
 from upf.elements import Add, Delete, encode_batch
 from upf.features import probe
 from upf.gate import Gate
 from upf.netns import Namespace
-from upf.readback import Element, read_element
+from upf.readback import read_element
 
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
