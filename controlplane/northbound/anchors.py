@@ -9,6 +9,7 @@ from pydantic.alias_generators import to_camel
 
 from controlplane.answers import Refusal
 from controlplane.catalogue import Anchor
+from controlplane.clock import NS_PER_MS
 from controlplane.fleet import FleetError, Heartbeat
 from controlplane.intent import Name
 from controlplane.northbound import documents
@@ -93,8 +94,8 @@ async def heartbeat(
 ) -> Response:
     """Take a heartbeat; the answer holds the tokens to refuse that are new `since` the last one.
 
-    Once an anchor has sent one it is watched: after the failure detection budget of silence its
-    sessions are anchored anew elsewhere.
+    It also says how many ms later to send the next one. Once an anchor has sent one it is watched:
+    after the failure detection budget of silence its sessions are anchored anew elsewhere.
     """
     _may_run(caller, plane, name)
     with _fleet_errors():
@@ -109,7 +110,12 @@ async def heartbeat(
         )
     revocations, cursor = plane.revocations.since(body.since)
     return JSONResponse(
-        {"revocations": revocations, "cursor": cursor, "keys": list(plane.keys.public_keys())}
+        {
+            "revocations": revocations,
+            "cursor": cursor,
+            "keys": list(plane.keys.public_keys()),
+            "intervalMs": plane.controller.ledger.fleet.heartbeat_interval_ns / NS_PER_MS,
+        }
     )
 
 

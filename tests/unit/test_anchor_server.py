@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from controlplane import aist, keys
 from controlplane.keys import SigningKey
 from controlplane.verifier import Verifier
-from topologies.endpoints.anchor import MAX_BODY_BYTES, AnchorConfig, Service, create_app
+from topologies.endpoints.anchor_load import Load
+from topologies.endpoints.anchor_server import MAX_BODY_BYTES, AnchorConfig, Service, create_app
 from topologies.endpoints.chat import MAX_TOKENS, token_number
 from topologies.endpoints.ue import Answer, TokenArrival, analyse
 
@@ -27,11 +28,19 @@ CHAT = "/v1/chat/completions"
 S = 1_000_000_000
 
 
-def config(**changes: Any) -> AnchorConfig:
+def service(*addresses: str, **changes: Any) -> Service:
+    options: dict[str, Any] = {"task": TASK, "model": "tiny", **changes}
+    return Service(addresses=frozenset(map(ip_address, addresses)), **options)
+
+
+def config(slots: int = 64, **changes: Any) -> AnchorConfig:
     options: dict[str, Any] = {
         "name": "edge1",
-        "addresses": frozenset({ip_address(SERVICE), ip_address("fd00:a151::1")}),
-        "services": {AISI: Service(task=TASK, model="tiny")},
+        "services": {
+            AISI: service(SERVICE, "fd00:a151::1"),
+            "aisi-2": service("198.18.0.2", "fd00:a151::2", model="large"),
+        },
+        "load": Load(slots),
         "verifier": Verifier(aist.ISSUER, keys.jwks([KEY.public])),
         "token_interval_ms": 0,
     }
@@ -114,6 +123,15 @@ def test_streamed_answer_is_numbered_and_ends() -> None:
     assert one.get("/ready").json()["load"] == 0
 
 
+def test_first_token_takes_the_service_time_and_is_measured() -> None:
+    load = Load(1)
+    services = {AISI: service(SERVICE, service_time_ms=30)}
+    assert Client(services=services, load=load).post(CHAT, json=chat(), headers=bearer()).is_success
+    latency_ms = load.latency_ms(time.monotonic_ns())
+    assert latency_ms is not None
+    assert 30 <= latency_ms < 130
+
+
 def test_ipv6_and_model_by_name() -> None:
     response = Client(ue=UE6, at="fd00:a151::1").post(
         CHAT, json=chat(model="tiny"), headers=bearer()
@@ -135,7 +153,7 @@ def refusals() -> Iterator[Any]:
     yield pytest.param(
         bearer(f"{head}.{body}.{signature[:-6]}AAAAAA"), 401, "invalid_token", id="tampered"
     )
-    yield pytest.param(bearer(token(aisi="aisi-2")), 403, "wrong_service", id="audience")
+    yield pytest.param(bearer(token(aisi="aisi-3")), 403, "wrong_service", id="audience")
     yield pytest.param(bearer(token(addresses=["10.45.0.2"])), 403, "wrong_ue", id="address")
     yield pytest.param(bearer(token(addresses=[])), 403, "wrong_ue", id="no-address")
     yield pytest.param(bearer(token(task="ocr")), 403, "insufficient_scope", id="scope")
@@ -149,8 +167,10 @@ def test_refused_without_the_right_token(headers: dict[str, str], status: int, c
     assert ("www-authenticate" in response.headers) == (status == 401)
 
 
-def test_token_is_good_at_the_service_address_only() -> None:
-    assert Client(at="192.0.2.9").post(CHAT, json=chat(), headers=bearer()).status_code == 403
+@pytest.mark.parametrize("at", ["192.0.2.9", "198.18.0.2"])  # the anchor's, another service's
+def test_token_is_good_at_the_service_address_only(at: str) -> None:
+    answer = Client(at=at).post(CHAT, json=chat(), headers=bearer())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "wrong_service")
 
 
 @pytest.mark.parametrize(

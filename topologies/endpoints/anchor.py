@@ -1,295 +1,107 @@
-"""The AI execution anchor as a program: an HTTP server that streams numbered tokens to UEs.
+"""The AI execution anchor (AEXF) as a program: one process, with all of its services.
 
-It speaks the OpenAI chat-completions form at `POST /v1/chat/completions`, for UEs, and tells the
-core its load at `GET /ready`. The tokens are `tok0 tok1 ...`, so that a reader can tell what was
-lost, repeated or reordered.
+What the control plane hears of it (`anchor_agent`) therefore holds for each of them.
 
-Who may ask: the AIST (RFC 6750 bearer token) is checked on every completion request. Its signature
-and times must hold (else 401); its audience must be an AISI of this server and its connection must
-have come to one of the service addresses, it must name the address that the connection comes
-from, and its scope the task of that AISI (else 403). A server is one service: all its AISIs
-share its service addresses (IPv4 and IPv6). A stream that has begun is bounded by the lease in the
-kernel, not by the token.
-
-    python -m topologies.endpoints.anchor --name edge1 --service 198.18.0.1 \\
-        --listen 198.18.0.1:8000 --public-key aist.pub --services services.json
+    python -m topologies.endpoints.anchor --name edge1 --address 10.47.1.2 \\
+        --core http://10.49.0.2:8080 --services services.json
 """
 
 import argparse
 import asyncio
 import socket
-import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
+import httpx
 import uvicorn
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+import uvloop
+from pydantic import TypeAdapter
 
-from controlplane import aist, keys
-from controlplane.verifier import Reason, TokenError, Verifier
-from topologies.endpoints.chat import (
-    ANCHOR_HEADER,
-    DEFAULT_TOKENS,
-    DONE,
-    ChatRequest,
-    Head,
-    error_body,
-    token_text,
-)
+from controlplane import aist
+from controlplane.verifier import Verifier
+from topologies.endpoints.anchor_agent import Agent, CoreError, core_client
+from topologies.endpoints.anchor_load import Load
+from topologies.endpoints.anchor_server import AnchorConfig, Service, create_app
 
-MAX_BODY_BYTES = 1 << 20
-FORBIDDEN = {  # a sound token, but not for this
-    Reason.AUDIENCE: (403, "wrong_service"),
-    Reason.SOURCE: (403, "wrong_ue"),
-}
+INTRODUCTION_S = 15.0  # how long the control plane may leave the first heartbeat unanswered
+BACKLOG = 1024
+EXIT_FAILED = 1
 
 
-class Service(BaseModel):
-    """What one AISI stands for here: an entry of the `--services` file."""
-
-    task: str  # Hugging Face pipeline tag
-    model: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnchorConfig:
-    """One anchor server."""
-
-    name: str
-    addresses: frozenset[IPv4Address | IPv6Address]  # service addresses
-    services: dict[str, Service]  # by AISI
-    verifier: Verifier  # of the controller's AISTs
-    token_interval_ms: float = 20
-    slots: int = 64  # completions at a time
-
-
-class Refusal(Exception):
-    """A request that is answered with an error in OpenAI's form."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-
-
-@dataclass(slots=True)
-class Load:
-    """How many completions are being served."""
-
-    slots: int
-    used: int = 0
-    taken: int = 0  # ever
-
-    def take(self) -> int:
-        """Occupy a slot and number the completion, or raise Refusal."""
-        if self.used >= self.slots:
-            raise Refusal(503, "overloaded", "every slot of this anchor is in use")
-        self.used += 1
-        self.taken += 1
-        return self.taken
-
-    def give_back(self) -> None:
-        """Free a slot."""
-        self.used -= 1
-
-
-class HeldStream(StreamingResponse):
-    """A stream that calls `on_end` when it ends, however it ends."""
-
-    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
-        super().__init__(
-            events, media_type="text/event-stream", headers={"cache-control": "no-store"}
-        )
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
-
-
-def create_app(config: AnchorConfig) -> ASGIApp:
-    """Build the server's application."""
-    load = Load(config.slots)
-
-    async def ready(_: Request) -> Response:
-        return JSONResponse(
-            {
-                "name": config.name,
-                "ready": load.used < load.slots,
-                "load": load.used,
-                "slots": load.slots,
-            }
-        )
-
-    async def complete(request: Request) -> Response:
-        aisi, service = authorise(config, request)
-        chat = await read_chat(request)
-        if chat.model not in (service.model, aisi):
-            raise Refusal(404, "model_not_found", f"no model {chat.model!r} here", "model")
-        count = chat.max_tokens or DEFAULT_TOKENS
-        head = Head(f"chatcmpl-{config.name}-{load.take()}", service.model)
-        tokens = paced_tokens(count, config.token_interval_ms)
-        if chat.stream:
-            return HeldStream(streamed(head, tokens), load.give_back)
-        try:
-            text = "".join([token async for token in tokens])
-        finally:
-            load.give_back()
-        return JSONResponse(head.whole(text, count))
-
-    app = Starlette(
-        routes=[
-            Route("/ready", ready, methods=["GET"]),
-            Route("/v1/chat/completions", complete, methods=["POST"]),
-        ],
-        exception_handlers={Refusal: _refuse, HTTPException: _refuse_http, Exception: _fail},
+def listen(
+    own: IPv4Address | IPv6Address, services: Iterable[Service]
+) -> dict[tuple[str, int], socket.socket]:
+    """Open listening sockets: at each service's addresses, and at the anchor's own."""
+    places = dict.fromkeys(
+        (str(address), service.port)
+        for service in services
+        for address in (own, *sorted(service.addresses, key=str))
     )
-    return _with_header(app, config.name)
+    return {
+        place: socket.create_server(
+            place, family=socket.AF_INET6 if ":" in place[0] else socket.AF_INET, backlog=BACKLOG
+        )
+        for place in places
+    }
 
 
-def authorise(config: AnchorConfig, request: Request) -> tuple[str, Service]:
-    """Return the AISI that the bearer may use, and its service; or raise Refusal."""
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not token.strip():
-        raise Refusal(401, "missing_token", "an AIST is needed: Authorization: Bearer ...")
-    source = request.client.host if request.client else ""
-    try:
-        claims = config.verifier.check(token.strip(), frozenset(config.services), source)
-    except TokenError as error:
-        status, code = FORBIDDEN.get(error.reason, (401, "invalid_token"))
-        raise Refusal(status, code, str(error)) from None
-    if _address(request.scope["server"]) not in config.addresses:
-        raise Refusal(403, "wrong_service", "the AIST is for another service")
-    service = config.services[claims.aisi]
-    if claims.task != service.task:
-        raise Refusal(403, "insufficient_scope", f"the AIST is not for {service.task}")
-    return claims.aisi, service
+async def serve(
+    config: AnchorConfig, client: httpx.AsyncClient, sockets: list[socket.socket], ready: str
+) -> None:
+    """Serve until ended; print `ready` once the control plane knows that we do.
 
-
-def _address(peer: tuple[str, int] | None) -> IPv4Address | IPv6Address | None:
-    try:
-        address = ip_address(peer[0]) if peer else None
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-async def read_chat(request: Request) -> ChatRequest:
-    """Read and check the body, or raise Refusal."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(413, "body_too_large", f"the body is over {MAX_BODY_BYTES} bytes")
-    try:
-        return ChatRequest.model_validate_json(bytes(body))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or None
-        raise Refusal(400, "invalid_request", first["msg"], where) from None
-
-
-async def paced_tokens(count: int, interval_ms: float) -> AsyncIterator[str]:
-    """Yield `tok0`, ` tok1`, ...: token n at n intervals after the first, without drift."""
-    start_s = time.monotonic()
-    for number in range(count):
-        wait_s = start_s + number * interval_ms / 1000 - time.monotonic()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
-        yield token_text(number)
-
-
-async def streamed(head: Head, tokens: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Yield the server-sent events of a completion, from role to `[DONE]`."""
-    yield head.event({"role": "assistant", "content": ""})
-    async for token in tokens:
-        yield head.event({"content": token})
-    yield head.event({}, finish_reason="length")
-    yield f"{DONE}\n\n"
-
-
-def _error(status: int, code: str, message: str, param: str | None = None) -> Response:
-    headers = {"www-authenticate": f'Bearer error="{code}"'} if status == 401 else None
-    return JSONResponse(error_body(status, code, message, param), status, headers)
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _error(error.status, error.code, str(error), error.param)
-
-
-async def _refuse_http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _error(error.status_code, "no_such_endpoint", error.detail)
-
-
-async def _fail(_: Request, __: Exception) -> Response:
-    return _error(500, "internal_error", "the anchor failed")
-
-
-def _with_header(app: ASGIApp, name: str) -> ASGIApp:
-    async def named(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                header = (ANCHOR_HEADER.encode(), name.encode())
-                message["headers"] = [*message.get("headers", ()), header]
-            await send(message)
-
-        await app(scope, receive, send_named)
-
-    return named
-
-
-def listen(address_and_port: str) -> socket.socket:
-    """Open a listening socket; an IPv6 address is written in brackets, as in a URL."""
-    host, _, port = address_and_port.rpartition(":")
-    address = ip_address(host.strip("[]"))
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    return socket.create_server((str(address), int(port)), family=family, backlog=1024)
+    Raises CoreError if it does not answer.
+    """
+    agent = Agent(config.name, client, config.verifier, config.report)
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(config), http="httptools", log_level="warning")
+    )
+    async with client:
+        await agent.introduce(INTRODUCTION_S)
+        print(ready, flush=True)
+        async with asyncio.TaskGroup() as tasks:  # an anchor without its agent must not serve on
+            reporting = tasks.create_task(agent.run())
+            await server.serve(sockets)
+            reporting.cancel()
 
 
 def main() -> None:
-    """Serve until ended; the first line on stdout says that connections are accepted."""
+    """Serve until ended; the first line on stdout says that it serves and that this is known."""
     parser = argparse.ArgumentParser(prog="anchor", description="AI execution anchor")
     parser.add_argument("--name", required=True)
     parser.add_argument(
-        "--service", required=True, action="append", type=ip_address, help="service address"
+        "--address", required=True, type=ip_address, help="the anchor's own, known to the core"
     )
-    parser.add_argument("--listen", required=True, action="append", metavar="ADDRESS:PORT")
-    parser.add_argument("--public-key", required=True, type=Path)
-    parser.add_argument("--services", required=True, type=Path, help="JSON: AISI -> {task, model}")
+    parser.add_argument("--core", required=True, metavar="URL", help="the control plane")
+    parser.add_argument(
+        "--services",
+        required=True,
+        type=Path,
+        help="JSON: AISI -> {task, model, addresses, port, service_time_ms}",
+    )
     parser.add_argument("--token-interval-ms", type=float, default=20)
     parser.add_argument("--slots", type=int, default=64)
     options = parser.parse_args()
     try:
+        services = TypeAdapter(dict[str, Service]).validate_json(options.services.read_bytes())
         config = AnchorConfig(
             name=options.name,
-            addresses=frozenset(options.service),
-            services=TypeAdapter(dict[str, Service]).validate_json(options.services.read_bytes()),
-            verifier=Verifier(aist.ISSUER, keys.jwks([keys.load_public_key(options.public_key)])),
+            services=services,
+            verifier=Verifier(aist.ISSUER, {"keys": []}),
+            load=Load(options.slots),
             token_interval_ms=options.token_interval_ms,
-            slots=options.slots,
         )
-        sockets = [listen(place) for place in options.listen]
-    except (OSError, ValueError) as error:
+        client = core_client(options.core, options.address)
+        sockets = listen(options.address, services.values())
+    except (OSError, ValueError, httpx.InvalidURL) as error:
         parser.error(str(error))
-    print(f"{options.name} listens on {', '.join(options.listen)}", flush=True)
-    server = uvicorn.Config(
-        create_app(config), http="httptools", loop="uvloop", log_level="warning"
-    )
-    uvicorn.Server(server).run(sockets=sockets)
+    places = ", ".join(f"{address} port {port}" for address, port in sockets)
+    ready = f"{options.name} listens on {places}"
+    try:
+        uvloop.run(serve(config, client, list(sockets.values()), ready))
+    except CoreError as error:
+        parser.exit(EXIT_FAILED, f"error: {options.name}: {error}\n")
 
 
 if __name__ == "__main__":
