@@ -4,10 +4,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.dependencies.utils import get_flat_params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from controlplane.answers import Refusal
 from controlplane.enforcement import EnforcementError
@@ -38,6 +41,7 @@ def create_app(plane: ControlPlane, lifespan: "Lifespan | None" = None) -> FastA
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        dependencies=[Depends(_only_known_parameters)],
         exception_handlers={
             Refusal: _on_refusal,
             RequestValidationError: _on_invalid,
@@ -100,7 +104,30 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     cause = _CAUSE_OF_STATUS.get(error.status_code, "MALFORMED")
     headers = dict(error.headers or {})
+    if error.status_code == 405:  # the router names the methods of one route only
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
     return problem(cause, f"{request.method} {request.url.path}: {error.detail}", headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """Return the methods that a resource takes, as the OpenAPI document says."""
+    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    return {
+        method.upper()
+        for path, operations in paths.items()
+        if compile_path(path)[0].match(request.url.path)
+        for method in operations
+    }
+
+
+async def _only_known_parameters(request: Request) -> None:
+    """Refuse query parameters that the operation does not have, as unknown members are."""
+    route = request.scope.get("route")
+    if isinstance(route, APIRoute) and request.query_params:
+        known = {parameter.alias for parameter in get_flat_params(route.dependant)}
+        unknown = [name[:64] for name in request.query_params if name not in known]
+        if unknown:
+            raise Refusal("INVALID", f"there is no parameter {unknown[0]}")
 
 
 async def _on_store(request: Request, error: Exception) -> Response:

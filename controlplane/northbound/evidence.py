@@ -20,24 +20,46 @@ MAX_ENTRIES = 1_000  # of one answer
 MAX_NUMBER = 10**15
 JSON_LINES = "application/jsonl"
 
+
+class JsonLines(Response):
+    """Lines of JSON."""
+
+    media_type = JSON_LINES
+
+
 router = APIRouter(prefix="/evidence", tags=["evidence"])
 Number = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
 
 
-@router.get("/checkpoint", summary="Sign the log as it is now", responses=responses(401, 403))
+@router.get(
+    "/checkpoint",
+    summary="Sign the log as it is now",
+    response_class=PlainTextResponse,
+    responses=responses(401, 403),
+)
 async def sign(caller: Identified, plane: Plane) -> Response:
     """Return a C2SP tlog-checkpoint in a signed note."""
     caller.require("evidence:read")
     return PlainTextResponse(checkpoint.sign(plane.signer, plane.log.size, plane.log.root()))
 
 
-@router.get("/key", summary="The key that checkpoints are signed with", responses=responses(401))
+@router.get(
+    "/key",
+    summary="The key that checkpoints are signed with",
+    response_class=PlainTextResponse,
+    responses=responses(401),
+)
 async def key(caller: Identified, plane: Plane) -> Response:
     """Return a C2SP verifier key."""
     return PlainTextResponse(f"{plane.signer.verifier}\n")
 
 
-@router.get("/entries", summary="Read entries", responses=responses(400, 401, 403, 404))
+@router.get(
+    "/entries",
+    summary="Read entries",
+    response_class=JsonLines,
+    responses=responses(400, 401, 403, 404),
+)
 async def entries(
     caller: Identified, plane: Plane, start: Number = None, end: Number = None
 ) -> Response:
@@ -48,7 +70,7 @@ async def entries(
     if not 0 <= last - first <= MAX_ENTRIES:
         raise Refusal("INVALID", f"from start to end are 0 to {MAX_ENTRIES} entries")
     lines = _read(plane.log, first, last)
-    return Response(b"".join(lines), media_type=JSON_LINES)
+    return JsonLines(b"".join(lines))
 
 
 @router.get(
@@ -111,7 +133,9 @@ async def consistency(
     )
 
 
-@router.get("/export", summary="The whole log", responses=responses(401, 403))
+@router.get(
+    "/export", summary="The whole log", response_class=JsonLines, responses=responses(401, 403)
+)
 async def export(caller: Identified, plane: Plane) -> Response:
     """Stream the log as it is now, to be verified offline."""
     caller.require_operator()

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from controlplane.intent import Name
@@ -13,6 +13,12 @@ from controlplane.policy import Policy
 
 router = APIRouter(tags=["operations"])
 TenantName = Annotated[str, Path(alias="tenant", max_length=64, pattern=r"^[\w.:-]+$")]
+
+
+class JwkSet(JSONResponse):
+    """Public keys."""
+
+    media_type = "application/jwk-set+json"
 
 
 class MobilityReport(BaseModel):
@@ -106,13 +112,22 @@ async def rotate(caller: Identified, plane: Plane) -> Response:
     return JSONResponse({"kid": key.kid})
 
 
-@router.get("/.well-known/jwks.json", summary="Public keys (RFC 7517)")
+@router.get(
+    "/.well-known/jwks.json",
+    summary="Public keys (RFC 7517)",
+    response_class=JwkSet,
+)
 async def jwks(plane: Plane) -> Response:
     """Return the keys that AISTs, access tokens and notices are signed with."""
-    return JSONResponse(plane.keys.jwks(), media_type="application/jwk-set+json")
+    return JwkSet(plane.keys.jwks())
 
 
-@router.get("/metrics", summary="Prometheus metrics", responses=responses(401, 403))
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics",
+    response_class=PlainTextResponse,
+    responses=responses(401, 403),
+)
 async def metrics(caller: Identified, plane: Plane) -> Response:
     """Return the metrics, for the operator."""
     caller.require_operator()

@@ -96,7 +96,10 @@ class Problem(BaseModel):
 
 
 def responses(*statuses: int, created: str | None = None) -> dict[int | str, dict[str, Any]]:
-    """Describe the problems that an operation may answer with, for the OpenAPI document."""
+    """Describe what an operation may answer with, for the OpenAPI document.
+
+    `statuses`: of problems. `created`: what 201 means.
+    """
     described: dict[int | str, dict[str, Any]] = {
         status: {
             "description": HTTPStatus(status).phrase,

@@ -16,10 +16,10 @@ from controlplane.northbound.problem import responses
 from controlplane.paging import Page, SinkRequest
 from controlplane.sinks import SinkCredential, SinkError, check_sink
 
-MAX_EXTENSION_S = 86_400
+MAX_EXTENSION_S = 2**31 - 1
 MAX_LISTED = 1_000
 
-router = APIRouter(prefix="/sessions", tags=["sessions"])
+router = APIRouter(tags=["sessions"])
 SessionId = Annotated[str, Path(alias="sessionId", max_length=64, pattern=r"^[0-9a-fA-F-]+$")]
 Key = Annotated[
     str | None,
@@ -76,7 +76,7 @@ class DeviceRequest(_Body):
 
 
 @router.post(
-    "",
+    "/sessions",
     status_code=201,
     summary="Page: resolve an intent and grant a session",
     responses=responses(
@@ -103,7 +103,7 @@ async def create(
     return JSONResponse(document, status, headers)
 
 
-@router.get("", summary="List live sessions", responses=responses(400, 401, 403))
+@router.get("/sessions", summary="List live sessions", responses=responses(400, 401, 403))
 async def list_sessions(
     caller: Identified,
     plane: Plane,
@@ -125,7 +125,7 @@ async def list_sessions(
 
 
 @router.post(
-    "/retrieve-by-device",
+    "/retrieve-sessions",
     summary="List the live sessions of a UE",
     responses=responses(400, 401, 403),
 )
@@ -138,7 +138,9 @@ async def retrieve(body: DeviceRequest, caller: Identified, plane: Plane) -> Res
     return JSONResponse({"sessions": shown, "total": len(found)})
 
 
-@router.get("/{sessionId}", summary="Read a session", responses=responses(400, 401, 403, 404))
+@router.get(
+    "/sessions/{sessionId}", summary="Read a session", responses=responses(400, 401, 403, 404)
+)
 async def get(
     session_id: SessionId, request: Request, caller: Identified, plane: Plane
 ) -> Response:
@@ -148,7 +150,7 @@ async def get(
 
 
 @router.delete(
-    "/{sessionId}",
+    "/sessions/{sessionId}",
     status_code=204,
     summary="Release a session",
     responses=responses(400, 401, 403, 404, 409, 503),
@@ -163,7 +165,7 @@ async def delete(
 
 
 @router.post(
-    "/{sessionId}/extend",
+    "/sessions/{sessionId}/extend",
     summary="Extend a session",
     responses=responses(400, 401, 403, 404, 409, 413, 422, 503),
 )
@@ -189,7 +191,7 @@ async def extend(
 
 
 @router.post(
-    "/{sessionId}/relocate",
+    "/sessions/{sessionId}/relocate",
     summary="Relocate a session, make-before-break",
     responses=responses(400, 401, 403, 404, 409, 413, 422, 503),
 )
