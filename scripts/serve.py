@@ -163,13 +163,12 @@ def install(config: ServeConfig, catalogue: Catalogue) -> Gate:
     return Gate(config.upf_netns, gate_config, in_place_renewal=renewal)
 
 
-async def serve(config: ServeConfig) -> None:
+async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
     """Serve until SIGTERM or SIGINT."""
-    catalogue = load_catalogue(config.catalogue)
     tenants = load_tenants(config.tenants) if config.tenants else Tenants()
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = SqliteStore(config.state / STORE_FILE)
-    with contextlib.closing(store), contextlib.closing(install(config, catalogue)) as gate:
+    with contextlib.closing(store):
         clock = Clock()
         service = Service(
             catalogue=catalogue,
@@ -288,6 +287,9 @@ def command(file: Path, only_remove: bool, log_level: str) -> None:
     if config.traces is not None:
         configure_tracing(config.traces)
     try:
-        uvloop.run(serve(config))
+        catalogue = load_catalogue(config.catalogue)
+        # Before the event loop: pyroute2 runs one of its own.
+        with contextlib.closing(install(config, catalogue)) as gate:
+            uvloop.run(serve(config, catalogue, gate))
     except FAILURES as error:
         raise UserError(str(error)) from error
