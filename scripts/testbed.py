@@ -19,7 +19,7 @@ from controlplane.controller import Settings, Subscriber
 from scripts.errors import UserError
 from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, write
 from scripts.serve import CellConfig, ServeConfig, write_config
-from topologies.hosts import Anchor, Host, Ue
+from topologies.hosts import Host, Ue
 from topologies.linux import set_priority
 from topologies.network import Network
 from topologies.spec import TopologySpec
@@ -81,10 +81,13 @@ class Testbed:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._write_inputs()
-            for anchor in self.catalogue.anchors:
-                self._start_anchor(self.network.anchors[anchor.name])
             self.start_controller()
             stack.callback(self._stop_controller)
+            for anchor in self.catalogue.anchors:
+                for hosting in anchor.hosts:
+                    service = self.catalogue.service(hosting.aisi)
+                    self.network.add_service(anchor.name, service.address4, service.address6)
+            self.start_anchors(*(anchor.name for anchor in self.catalogue.anchors))
             self.operator = stack.enter_context(
                 httpx.Client(
                     transport=httpx.HTTPTransport(uds=str(self.operator_socket)),
@@ -114,14 +117,12 @@ class Testbed:
     def start_controller(self) -> None:
         """Start the controller and wait until it serves."""
         command = [sys.executable, "-m", "scripts.cli", "serve", str(self._folder / "serve.yaml")]
-        self._start("controller", self.network.core, command)
+        self._launch("controller", self.network.core, command)
+        self._await_start("controller")
 
     def kill_controller(self) -> int:
         """SIGKILL the controller; return the Unix time in ns at which it was dead."""
-        program = self._programs["controller"]
-        program.kill()
-        program.wait()
-        return time.time_ns()
+        return self._kill("controller")
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Ask the controller as the operator; return the JSON of its answer.
@@ -151,6 +152,26 @@ class Testbed:
         write(file.with_name(VKEY_FILE), key.text)
         write(file.with_name(CHECKPOINT_FILE), note.text)
 
+    # Anchors
+
+    def start_anchors(self, *names: str) -> None:
+        """Start anchors, and wait until each serves and the controller has heard of it."""
+        for name in names:
+            anchor, described = self.network.anchors[name], self.catalogue.anchor(name)
+            command = [
+                *(sys.executable, "-m", "topologies.endpoints.anchor", "--name", name),
+                *("--address", str(anchor.address4), "--core", self.core_url),
+                *("--services", str(self._services_file(name))),
+                *("--slots", str(described.slots)),
+            ]
+            self._launch(_anchor_program(name), anchor, command)
+        for name in names:
+            self._await_start(_anchor_program(name))
+
+    def kill_anchor(self, name: str) -> int:
+        """SIGKILL an anchor's server; return the Unix time in ns at which it was dead."""
+        return self._kill(_anchor_program(name))
+
     # User equipment
 
     def page(self, ue: Ue, task: str, max_tokens: int = 1) -> dict[str, Any]:
@@ -175,36 +196,28 @@ class Testbed:
 
     # How it starts
 
-    def _start_anchor(self, anchor: Anchor) -> None:
-        """One server per service that the anchor hosts."""
-        for hosting in self.catalogue.anchor(anchor.name).hosts:
-            service = self.catalogue.service(hosting.aisi)
-            self.network.add_service(anchor.name, service.address4, service.address6)
-            own, port = anchor.address4, service.port
-            command = [
-                *(sys.executable, "-m", "topologies.endpoints.anchor", "--name", anchor.name),
-                *("--service", str(service.address4), "--service", str(service.address6)),
-                *("--listen", f"{own}:{port}"),
-                *("--listen", f"{service.address4}:{port}"),
-                *("--listen", f"[{service.address6}]:{port}"),
-                *("--public-key", str(self._folder / "aist.pub")),
-                *("--services", str(self._folder / "services.json")),
-                *("--slots", str(self.catalogue.anchor(anchor.name).slots)),
-            ]
-            self._start(f"anchor-{anchor.name}-{port}", anchor, command)
-
-    def _start(self, name: str, host: Host, command: list[str]) -> None:
-        """Start a program and wait for its first line of output, which says that it is ready."""
+    def _launch(self, name: str, host: Host, command: list[str]) -> None:
+        """Start a program."""
         with (self._folder / f"{name}.log").open("ab") as log:
             program = host.popen(command, stdout=subprocess.PIPE, stderr=log)
         set_priority(program.pid, NICE)
         self._programs[name] = program
+
+    def _await_start(self, name: str) -> None:
+        """Wait for a program's first line of output, which says that it is ready."""
+        program = self._programs[name]
         assert program.stdout is not None
         ready, _, _ = select.select([program.stdout], [], [], START_TIMEOUT_S)
         if not ready or not program.stdout.readline():
             program.kill()
             program.wait()
             raise UserError(f"{name} did not start{self._words(name)}")
+
+    def _kill(self, name: str) -> int:
+        program = self._programs[name]
+        program.kill()
+        program.wait()
+        return time.time_ns()
 
     def _words(self, name: str) -> str:
         log = self._folder / f"{name}.log"
@@ -214,11 +227,18 @@ class Testbed:
     def _write_inputs(self) -> None:
         folder = self._folder
         (folder / "catalogue.json").write_text(self.catalogue.model_dump_json())
-        services = {
-            service.aisi: {"task": service.task, "model": service.model}
-            for service in self.catalogue.services
-        }
-        (folder / "services.json").write_text(json.dumps(services))
+        for anchor in self.catalogue.anchors:
+            services = {}
+            for hosting in anchor.hosts:
+                service = self.catalogue.service(hosting.aisi)
+                services[service.aisi] = {
+                    "task": service.task,
+                    "model": service.model,
+                    "addresses": [str(service.address4), str(service.address6)],
+                    "port": service.port,
+                    "service_time_ms": hosting.service_time_ms,
+                }
+            self._services_file(anchor.name).write_text(json.dumps(services))
         network = self.network
         self.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         config = serve_config(
@@ -232,6 +252,9 @@ class Testbed:
         )
         write_config(folder / "serve.yaml", config)
 
+    def _services_file(self, anchor: str) -> Path:
+        return self._folder / f"services-{anchor}.json"
+
     def _stop_controller(self) -> None:
         """Let the control plane finish what it has begun."""
         program = self._programs["controller"]
@@ -241,6 +264,10 @@ class Testbed:
         except subprocess.TimeoutExpired:
             program.kill()
             program.wait()
+
+
+def _anchor_program(anchor: str) -> str:
+    return f"anchor-{anchor}"
 
 
 def serve_config(
