@@ -23,6 +23,7 @@ from controlplane.enforcement import (
     Install,
     Move,
     Operation,
+    Reconciliation,
     Usage,
 )
 from controlplane.evidence import EvidenceLog
@@ -73,6 +74,17 @@ class _Waiting:
     done: asyncio.Future[Done]
     refused: EnforcementError | None = None
     events: list[Record] = field(default_factory=list)  # with closing counts
+    settled: bool = False
+
+    def settle(self, outcome: Done | Exception) -> None:
+        """Say what became of it."""
+        self.settled = True
+        if self.done.done():  # its caller was cancelled
+            return
+        if isinstance(outcome, Done):
+            self.done.set_result(outcome)
+        else:
+            self.done.set_exception(outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,7 @@ class _Counts:
     at_ns: int
 
 
+_NO_COUNTS = _Counts(None, 0)
 Told = Callable[[Sequence[Record], int, Iterable[str]], Sequence[Notice]]
 Observer = Callable[[Sequence[Record], int, bool], None]
 
@@ -114,7 +127,9 @@ class Committer:
         self._waiting: list[_Waiting] = []
         self._acknowledged: list[Acknowledged] = []
         self._sampled: dict[str, _Counts] = {}  # by lease id, until it ends
+        self._carried: dict[str, Usage] = {}  # of superseded leases when they were, until they end
         self._wake = asyncio.Event()
+        self._turn = asyncio.Lock()  # of whoever changes the kernel
         self._stopping = False
         self._failed: StoreError | None = None
 
@@ -134,16 +149,33 @@ class Committer:
         waiting = _Waiting(change, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._wake.set()
-        return await waiting.done  # the change goes on if this is cancelled
+        try:
+            return await waiting.done
+        except asyncio.CancelledError:
+            # The change goes on. Whoever holds locks for it holds them until it has taken effect:
+            # nobody else may decide about the same lease meanwhile.
+            while not waiting.settled:
+                waiting.done = asyncio.get_running_loop().create_future()
+                with suppress(asyncio.CancelledError, StoreError, EnforcementError):
+                    await waiting.done
+            raise
 
     async def sample(self, leases: Sequence[Lease]) -> None:
         """Read the counts of leases that are about to expire, while the kernel has them."""
         usage = await self._enforcer.usage([lease.binding() for lease in leases])
         now_ns = self._clock.now_ns()
         for lease in leases:
-            found = usage.get(lease.terms.lease_id)
-            if found is not None:
-                self._sampled[lease.terms.lease_id] = _Counts(found, now_ns)
+            lease_id = lease.terms.lease_id
+            held = self._ledger.find_lease(lease_id)
+            if lease_id in usage and held is not None and held.state is not State.ENDED:
+                self._sampled[lease_id] = _Counts(self._whole(held, usage[lease_id]), now_ns)
+
+    async def reconcile(self) -> Reconciliation:
+        """Make the kernel hold exactly what the ledger says, between two batches."""
+        async with self._turn:
+            return await self._enforcer.reconcile(
+                [held.binding() for held in self._ledger.live() if held.state is State.COMMITTED]
+            )
 
     async def run(self) -> None:
         """Commit until `stop`; what was submitted before that is committed first.
@@ -154,13 +186,15 @@ class Committer:
         try:
             while not self._stopping or self._waiting or self._acknowledged:
                 await self._gathered()
-                await self._commit()
+                async with self._turn:
+                    await self._commit()
         except BaseException as error:
             log.critical("the committer has failed: nothing more is granted", exc_info=error)
             self._failed = StoreError(f"the committer has failed: {error!r}")
             for waiting in self._waiting:
-                _fail(waiting, self._failed)
+                waiting.settle(self._failed)
             raise
+        self._failed = StoreError("the committer has stopped")
 
     def stop(self) -> None:
         """Let `run` return once there is nothing to write."""
@@ -183,10 +217,12 @@ class Committer:
             return
         try:
             await self._write(batch)
+            durable_ns = self._clock.now_ns()
+            await self._enforce(batch)
         except StoreError as error:
             log.error("%s", error)
             for waiting in batch:
-                _fail(waiting, error)
+                waiting.settle(error)
             if self._stopping:
                 self._acknowledged = []  # as if it had been killed here
             elif not batch:
@@ -194,16 +230,11 @@ class Committer:
             return
         except BaseException as error:
             for waiting in batch:
-                _fail(waiting, StoreError(f"the committer has failed: {error!r}"))
+                waiting.settle(StoreError(f"the committer has failed: {error!r}"))
             raise
-        durable_ns = self._clock.now_ns()
-        await self._enforce(batch)
         enforced_ns = self._clock.now_ns()
         for waiting in batch:
-            if waiting.refused is not None:
-                _fail(waiting, waiting.refused)
-            elif not waiting.done.done():
-                waiting.done.set_result(Done(durable_ns, enforced_ns))
+            waiting.settle(waiting.refused or Done(durable_ns, enforced_ns))
 
     async def _write(self, batch: list[_Waiting]) -> None:
         started_ns = time.monotonic_ns()
@@ -222,6 +253,9 @@ class Committer:
         now_ns = self._clock.now_ns()
         for event in events:
             self._ledger.fold(event, now_ns)
+            if isinstance(event, Ended):
+                self._sampled.pop(event.lease_id, None)
+                self._carried.pop(event.lease_id, None)
         self._observe(events, first, bool(notices))
         self._metrics.journal_batch(len(events), written_ns - encoded_ns)
         load = self.load
@@ -251,12 +285,31 @@ class Committer:
                 continue
             for number, event in enumerate(waiting.events):
                 if isinstance(event, Ended) and event.lease_id in closing:
-                    counts = self._sampled.pop(event.lease_id, _Counts(None, 0))
+                    counts = self._sampled.get(event.lease_id, _NO_COUNTS)
                     if event.lease_id in usage:
-                        counts = _Counts(usage[event.lease_id], now_ns)
+                        whole = self._whole(closing[event.lease_id], usage[event.lease_id])
+                        counts = _Counts(whole, now_ns)
                     waiting.events[number] = replace(
                         event, usage=counts.usage, counted_ns=counts.at_ns
                     )
+
+    async def _carry(self, operations: Sequence[Operation]) -> None:
+        """Keep the uplink counts of leases that are superseded: the flip takes their elements."""
+        old = [operation.old for operation in operations if isinstance(operation, Move)]
+        if old:
+            with suppress(EnforcementError):
+                self._carried |= await self._enforcer.usage(old)
+
+    def _whole(self, lease: Lease, counted: Usage) -> Usage | None:
+        """Return a lease's whole usage; None if its uplink was counted by an earlier process."""
+        if lease.state is not State.DRAINING:
+            return counted
+        carried = self._carried.get(lease.terms.lease_id)
+        if carried is None:
+            return None
+        return replace(
+            counted, uplink_packets=carried.uplink_packets, uplink_bytes=carried.uplink_bytes
+        )
 
     async def _enforce(self, batch: list[_Waiting]) -> None:
         """One kernel batch for all; if it is refused, one for each, to find out whose fault."""
@@ -264,6 +317,7 @@ class Committer:
         if not todo:
             return
         started_ns = time.monotonic_ns()
+        await self._carry([op for waiting in todo for op in waiting.change.operations])
         try:
             await self._enforcer.apply([op for waiting in todo for op in waiting.change.operations])
         except EnforcementError:
@@ -294,8 +348,3 @@ def _opened(operation: Operation) -> str | None:
             return new.lease_id
         case _:
             return None
-
-
-def _fail(waiting: _Waiting, error: Exception) -> None:
-    if not waiting.done.done():
-        waiting.done.set_exception(error)

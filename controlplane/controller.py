@@ -115,8 +115,11 @@ class Controller:
         self.settings = settings
         self.locks = Locks()
         self.subscribers = {subscriber.ue: subscriber for subscriber in subscribers}
-        self.changed: Callable[[], None] = lambda: None  # whoever keeps deadlines wants to know
-        self.refused: Callable[[str, str], None] = lambda anchor, why: None  # and that an anchor is
+        # What whoever keeps deadlines wants to know: that there is something to do, what was
+        # granted, and that an anchor refused a connection.
+        self.changed: Callable[[], None] = lambda: None
+        self.granted: Callable[[Lease], None] = lambda held: None
+        self.refused: Callable[[str, str], None] = lambda anchor, why: None
         self._kernel_disagrees = False
 
     # What is
@@ -259,12 +262,17 @@ class Controller:
 
     def reserve(self, terms: Terms) -> Shortage | None:
         """Reserve all that a lease needs, or nothing and say what is short."""
-        return self.ledger.pools.try_reserve(terms.lease_id, terms.session_id, demand(terms))
+        ledger = self.ledger
+        shortage = ledger.pools.try_reserve(terms.lease_id, terms.session_id, demand(terms))
+        if shortage is None:
+            ledger.expect(terms)
+        return shortage
 
     def unreserve(self, terms: Terms) -> None:
         """Give back what was reserved for a lease that did not come about."""
         if self.ledger.find_lease(terms.lease_id) is None:
             self.ledger.pools.release(terms.lease_id)
+            self.ledger.expect_no_more(terms)
 
     def prepare(self, terms: Terms) -> Outcome:
         """Begin a lease; what it needs is reserved."""
@@ -288,7 +296,7 @@ class Controller:
     async def enforce_new(self, terms: Terms, change: Change) -> Done:
         """Submit what opens a lease. If the kernel refuses, the session ends. Raises Refusal."""
         try:
-            return await self.committer.submit(change)
+            return await self.submit(change)
         except EnforcementError as error:
             session = self.ledger.session(terms.session_id)
             assert session is not None
@@ -298,7 +306,7 @@ class Controller:
     async def enforce(self, session: Session, change: Change) -> Done:
         """Submit a change of a live session. If the kernel refuses, the session ends."""
         try:
-            return await self.committer.submit(change)
+            return await self.submit(change)
         except EnforcementError as error:
             await self._fail(session)
             raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
@@ -307,11 +315,18 @@ class Controller:
         """Step leases towards their end: one change."""
         now_ns = self.clock.now_ns()
         outcomes = [lease.step(held, command, now_ns) for held in leases]
-        change = self.closing(outcomes)
+        await self.submit(self.closing(outcomes))
+
+    async def submit(self, change: Change) -> Done:
+        """Submit a change; what the kernel refused of it the next round of upkeep repairs.
+
+        Raises as the committer's `submit` does.
+        """
         try:
-            await self.committer.submit(change)
+            return await self.committer.submit(change)
         except EnforcementError:
-            self._kernel_disagrees = True  # the next round of upkeep makes it agree
+            self._kernel_disagrees = True
+            self.changed()
             raise
 
     @staticmethod
@@ -374,18 +389,17 @@ class Controller:
             outcomes.append(lease.step(held, command, now_ns))
         ended = self.closing(outcomes).events
         await self.committer.submit(Change([Started(secrets.token_hex(4)), *ended]))
-        return await self._reconcile()
+        return await self.committer.reconcile()
 
     async def repair(self) -> None:
-        """If the kernel refused to close something: make it agree with the ledger."""
+        """If the kernel refused something: make it agree with the ledger."""
         if self._kernel_disagrees:
-            await self._reconcile()
-
-    async def _reconcile(self) -> Reconciliation:
-        committed = [held for held in self.ledger.live() if held.state is State.COMMITTED]
-        reconciliation = await self.enforcer.reconcile([held.binding() for held in committed])
-        self._kernel_disagrees = False
-        return reconciliation
+            self._kernel_disagrees = False
+            try:
+                await self.committer.reconcile()
+            except EnforcementError:
+                self._kernel_disagrees = True
+                raise
 
     async def _fail(self, session: Session) -> None:
         leases = [h for h in self.ledger.leases_of(session) if h.state is not State.ENDED]

@@ -5,7 +5,6 @@ durable, so that memory never runs ahead of evidence. Ended sessions are kept fo
 asked for; the log has them for ever.
 """
 
-import heapq
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +12,14 @@ from dataclasses import dataclass, field
 from controlplane.admission import Demand, Pools
 from controlplane.clock import NS_PER_S
 from controlplane.codec import Record
+from controlplane.deadlines import Deadlines
 from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
 from controlplane.fleet import Fleet
 from controlplane.lease import (
     Committed,
     DrainStarted,
     Ended,
+    EndReason,
     Lease,
     Prepared,
     Renewed,
@@ -45,6 +46,7 @@ class Session:
     started_ns: int | None = None  # its first COMMIT
     ended_ns: int | None = None
     key: str | None = None
+    counted: Terms | None = None  # under which it counts among what its tenant holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,11 @@ class Ledger:
         self._epochs: dict[tuple[str, str], int] = {}
         self._by_ue: defaultdict[str, dict[str, Session]] = defaultdict(dict)  # live
         self._held: dict[str, Held] = {}  # by tenant
+        self._expected: set[str] = set()  # session ids: counted there, and not prepared yet
         self._by_tenant: defaultdict[str, dict[str, Session]] = defaultdict(dict)  # live
         self._by_anchor: defaultdict[str, set[str]] = defaultdict(set)  # live lease ids
         self._by_key: dict[str, Session] = {}
-        self._deadlines: list[tuple[int, str]] = []  # a heap; outdated ones are passed over
+        self.deadlines = Deadlines(self._leases.get)
         self._ended: deque[Session] = deque()
         self._live = 0
 
@@ -129,7 +132,7 @@ class Ledger:
         return list(self._current.values())
 
     def held_by(self, tenant: str) -> Held:
-        """Return what a tenant's live sessions hold together."""
+        """Return what a tenant's sessions hold together: those that live, and are expected to."""
         return self._held.get(tenant, Held())
 
     def session_of(self, ue: str, aisi: str) -> Session | None:
@@ -137,7 +140,7 @@ class Ledger:
         return self._current.get((ue, aisi))
 
     def session_of_key(self, key: str) -> Session | None:
-        """Return the session that was made under an idempotency key."""
+        """Return the session that was granted under an idempotency key."""
         return self._by_key.get(key)
 
     def at_anchor(self, anchor: str) -> list[Lease]:
@@ -160,40 +163,20 @@ class Ledger:
         """Return an epoch above every earlier one of this UE and service (fencing)."""
         return self._epochs.get((ue, aisi), 0) + 1
 
-    # Deadlines
+    # Quotas count what is on its way, as pools do
 
-    def next_deadline_ns(self) -> int | None:
-        """Return when the next live lease is due; None if there is none."""
-        while self._deadlines:
-            deadline_ns, lease_id = self._deadlines[0]
-            if self._is_due_at(lease_id, deadline_ns):
-                return deadline_ns
-            heapq.heappop(self._deadlines)
-        return None
+    def expect(self, terms: Terms) -> None:
+        """Count a session that is to be prepared among what its tenant holds."""
+        session = self._sessions.get(terms.session_id)
+        if session is None or not session.live:
+            self._expected.add(terms.session_id)
+            self._count(terms, 1)
 
-    def due(self, by_ns: int) -> list[Lease]:
-        """Return the live leases whose deadline is not after `by_ns`, and take them off the list.
-
-        Those that do not end for it are to be put back with `remind`.
-        """
-        found = []
-        while self._deadlines and self._deadlines[0][0] <= by_ns:
-            deadline_ns, lease_id = heapq.heappop(self._deadlines)
-            if self._is_due_at(lease_id, deadline_ns):
-                found.append(self._leases[lease_id])
-        return found
-
-    def remind(self, lease: Lease) -> None:
-        """Put a lease back on the list of deadlines."""
-        heapq.heappush(self._deadlines, (lease.deadline_ns, lease.terms.lease_id))
-
-    def _is_due_at(self, lease_id: str, deadline_ns: int) -> bool:
-        lease = self._leases.get(lease_id)
-        return (
-            lease is not None
-            and lease.state is not State.ENDED
-            and lease.deadline_ns == deadline_ns
-        )
+    def expect_no_more(self, terms: Terms) -> None:
+        """Take a session off that was not prepared after all."""
+        if terms.session_id in self._expected:
+            self._expected.remove(terms.session_id)
+            self._count(terms, -1)
 
     # Changes
 
@@ -201,12 +184,14 @@ class Ledger:
         """Let a durable event take effect. `at_ns`: when it happened, CLOCK_MONOTONIC."""
         match event:
             case Prepared():
-                self._prepared(event)
+                self._prepared(event, at_ns)
             case Committed() | Renewed() | DrainStarted():
-                lease = self._evolve(event)
+                lease = self._evolve(event, at_ns)
                 session = self._sessions[lease.terms.session_id]
                 if session.started_ns is None:
                     session.started_ns = at_ns
+                    if session.key is not None:
+                        self._by_key[session.key] = session
             case Ended():
                 self._end(event, at_ns)
             case UeMoved(ue, cell):
@@ -231,28 +216,28 @@ class Ledger:
             for lease_id in session.lease_ids:
                 del self._leases[lease_id]
             del self._sessions[session.session_id]
-            if session.key is not None:
-                self._by_key.pop(session.key, None)
+            self._forget_key(session)
 
-    def _evolve(self, event: Committed | Renewed | DrainStarted) -> Lease:
+    def _evolve(self, event: Committed | Renewed | DrainStarted, at_ns: int) -> Lease:
         lease = evolve(self._leases[event.lease_id], event)
         self._leases[event.lease_id] = lease
-        self.remind(lease)
+        self.deadlines.watch(lease, at_ns)
         return lease
 
-    def _prepared(self, event: Prepared) -> None:
+    def _prepared(self, event: Prepared, at_ns: int) -> None:
         terms = event.terms
         session = self._sessions.get(terms.session_id)
         if session is None:
             session = Session(terms.session_id, terms.tenant, terms.ue, terms.aisi, key=terms.key)
             self._sessions[terms.session_id] = session
-            if terms.key is not None:
-                self._by_key[terms.key] = session
         if not session.live:
+            session.ended_ns = None
             self._current[terms.ue, terms.aisi] = session
             self._by_ue[terms.ue][session.session_id] = session
             self._by_tenant[terms.tenant][session.session_id] = session
+            self.expect_no_more(terms)
             self._count(terms, 1)
+            session.counted = terms
         session.live += 1
         self._live += 1
         session.lease_ids.append(terms.lease_id)
@@ -262,7 +247,7 @@ class Ledger:
             self._by_anchor[terms.anchor].add(terms.lease_id)
         lease = evolve(None, event)
         self._leases[terms.lease_id] = lease
-        self.remind(lease)
+        self.deadlines.watch(lease, at_ns)
         self.pools.hold(terms.lease_id, terms.session_id, demand(terms))
 
     def _end(self, event: Ended, at_ns: int) -> None:
@@ -280,8 +265,15 @@ class Ledger:
             del self._current[terms.ue, terms.aisi]
             _discard(self._by_ue, terms.ue, session.session_id)
             _discard(self._by_tenant, terms.tenant, session.session_id)
-            self._count(terms, -1)
+            assert session.counted is not None
+            self._count(session.counted, -1)
             self._ended.append(session)
+            if event.reason is EndReason.NOT_ENFORCED:
+                self._forget_key(session)  # the request was refused: it may be made again
+
+    def _forget_key(self, session: Session) -> None:
+        if session.key is not None and self._by_key.get(session.key) is session:
+            del self._by_key[session.key]
 
     def _count(self, terms: Terms, sessions: int) -> None:
         """Add a session under these terms to what its tenant holds, or (-1) take it off."""

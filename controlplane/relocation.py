@@ -197,7 +197,8 @@ class Relocator:
         assert terms.anchor is not None
         try:
             if break_before_make:
-                await controller.end([source], lease.Revoke())
+                draining = controller.ledger.in_state(session, State.DRAINING)
+                await controller.end([*draining, source], lease.Revoke())
             await controller.committer.submit(Change(prepared.events))
             if not await controller.ready(terms.anchor, terms.aisi):
                 await controller.abort(prepared.lease)

@@ -28,8 +28,6 @@ from controlplane.relocation import BETTER, Relocator
 from controlplane.store import StoreError
 from controlplane.triggers import Trigger, Triggers
 
-# Counts are read so long before a lease is due: later than the kernel's own tolerance is too late.
-SAMPLE_NS = 30 * NS_PER_MS
 PROBE_NS = 1_000 * NS_PER_MS  # between questions to a failed anchor that sends no heartbeats
 MAX_WAIT_S = 60.0
 RETRY_S = 0.1
@@ -58,7 +56,6 @@ class Keeper:
         self._changed = asyncio.Event()
         self._moving = asyncio.Semaphore(MAX_MOVING)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sampled: dict[str, int] = {}  # lease id -> the deadline its counts were read for
         self._probe_ns = 0  # when failed anchors are asked next
         controller.changed = self._changed.set
         controller.refused = self._refused
@@ -154,8 +151,14 @@ class Keeper:
         failed = ledger.fleet.check(now_ns)
         if failed:
             await self.record(failed)
-        await self._sample(now_ns)
-        await self._expire(clock.now_ns())
+        now_ns = clock.now_ns()
+        due = ledger.deadlines.due(now_ns)
+        soon = [held for held in due if held.deadline_ns > now_ns]
+        if soon:
+            await self._count(soon, now_ns)
+        over = [held for held in due if held.deadline_ns <= now_ns]
+        if over:
+            await self._expire(over, now_ns)
         ledger.forget(clock.now_ns())
         for session_id in self._triggers.due(clock.now_ns()):
             self._start(self._move(session_id, Trigger.HANDOVER))
@@ -166,9 +169,8 @@ class Keeper:
                 self._start(self._probe(anchor))
         waits_ns = [int(MAX_WAIT_S * NS_PER_S)]
         now_ns = clock.now_ns()
-        if (deadline_ns := ledger.next_deadline_ns()) is not None:
-            sample_ns = deadline_ns - SAMPLE_NS
-            waits_ns.append((sample_ns if sample_ns > now_ns else deadline_ns) - now_ns)
+        if (attention_ns := ledger.deadlines.next_ns()) is not None:
+            waits_ns.append(attention_ns - now_ns)
         if (check_ns := ledger.fleet.next_check_ns) is not None:
             waits_ns.append(check_ns - now_ns)
         if (handover_ns := self._triggers.next_due_ns()) is not None:
@@ -177,31 +179,19 @@ class Keeper:
             waits_ns.append(self._probe_ns - now_ns)
         return min(waits_ns) / NS_PER_S
 
-    async def _sample(self, now_ns: int) -> None:
+    async def _count(self, leases: list[Lease], now_ns: int) -> None:
         """Read the counts of what is about to expire."""
-        soon = self._controller.ledger.due(now_ns + SAMPLE_NS)
-        wanted = [
-            held
-            for held in soon
-            if held.state in OPEN
-            and held.deadline_ns > now_ns
-            and self._sampled.get(held.terms.lease_id) != held.deadline_ns
-        ]
-        for held in soon:
-            self._controller.ledger.remind(held)
-        if wanted:
-            await self._controller.committer.sample(wanted)
-            for held in wanted:
-                self._sampled[held.terms.lease_id] = held.deadline_ns
+        await self._controller.committer.sample(leases)
+        for held in leases:
+            self._controller.ledger.deadlines.watch(held, now_ns)
 
-    async def _expire(self, now_ns: int) -> None:
+    async def _expire(self, leases: list[Lease], now_ns: int) -> None:
         """End leases that are due: the kernel has closed them by then, their slots become free."""
         ledger, locks = self._controller.ledger, self._controller.locks
-        due = ledger.due(now_ns)
         ready = []
-        for held in due:
+        for held in leases:
             if locks.held(held.terms.ue):  # a transaction of its UE is under way: next round
-                ledger.remind(held)
+                ledger.deadlines.watch(held, now_ns)
             else:
                 ready.append(held)
         for start in range(0, len(ready), MAX_ENDING):
@@ -210,8 +200,6 @@ class Keeper:
                 live = [ledger.lease(held.terms.lease_id) for held in part]
                 over = [held for held in live if held.state is not State.ENDED]
                 await self._controller.end(over, lease.Tick())
-            for held in part:
-                self._sampled.pop(held.terms.lease_id, None)
 
     # Anchors
 
