@@ -6,43 +6,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
-from testbed_helpers import in_isolation, udp
+from testbed_helpers import on_a_testbed, udp
 
-from controlplane.catalogue import load_catalogue
 from scripts.errors import UserError
-from scripts.experiments.common import BUILT_IN_CATALOGUE, EVIDENCE_FILE
 from scripts.testbed import Testbed
 from topologies.hosts import Ue
-from topologies.isolation import scratch_dir
-from topologies.network import Network
-from topologies.spec import load_topology
-from upf.features import probe
 
 pytestmark = pytest.mark.testbed
 TASK = "text-generation"
 SO_RCVBUFFORCE = 33
-
-
-def on_a_testbed(body: Callable[[Testbed], None]) -> None:
-    def inside() -> None:
-        folder = scratch_dir()
-        with (
-            Network(load_topology("two-edge")) as network,
-            Testbed(
-                network,
-                load_catalogue(BUILT_IN_CATALOGUE),
-                probe(),
-                folder,
-                folder / EVIDENCE_FILE,
-            ) as testbed,
-        ):
-            body(testbed)
-
-    in_isolation(inside)
 
 
 def reached(testbed: Testbed, ue: Ue, *, source: Ue | None = None) -> str | None:
@@ -165,8 +141,10 @@ def test_a_killed_controller_comes_back_with_every_lease() -> None:
         assert moved["commit"]["epoch"] == session["commit"]["epoch"] + 1
         assert moved["serviceAddress"] == session["serviceAddress"]
         assert reached(testbed, ue1) == target
-        entries = testbed.journal.read_text().splitlines()
-        assert [json.loads(line)["index"] for line in entries] == list(range(len(entries)))
+        log = testbed.state.with_name("evidence.jsonl")
+        testbed.export(log)
+        entries = [json.loads(line)["entry"] for line in log.read_text().splitlines()]
+        assert [entry["index"] for entry in entries] == list(range(len(entries)))
 
     on_a_testbed(body)
 
@@ -205,7 +183,7 @@ def test_refusals_reach_the_ue_with_their_reason() -> None:
             testbed.page(ue1, "image-segmentation")
         with pytest.raises(UserError, match=r"503.*no anchor satisfies"):
             intent = {"task": TASK, "regions": ["atlantis"]}
-            testbed.request("POST", f"/sessions?ue={ue1.name}", intent)
+            testbed.request("POST", "/sessions", {"ue": ue1.name, "intent": intent})
         # The operator's side is closed to UEs.
         ask = "import httpx,sys; print(httpx.get(sys.argv[1]).status_code)"
         url = f"{testbed.core_url}/status"

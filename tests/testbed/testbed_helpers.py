@@ -10,8 +10,14 @@ from tempfile import TemporaryFile
 
 import pytest
 
+from controlplane.catalogue import Catalogue, load_catalogue
+from scripts.experiments.common import BUILT_IN_CATALOGUE, STATE_FOLDER
+from scripts.testbed import FAILURE_DETECTION_MS, Testbed
 from topologies.hosts import Host
-from topologies.isolation import run_isolated
+from topologies.isolation import run_isolated, scratch_dir
+from topologies.network import Network
+from topologies.spec import load_topology
+from upf.features import probe
 from upf.netns import in_namespace
 
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
@@ -38,7 +44,35 @@ def in_isolation(body: Callable[[], None], deadline_s: float = 60) -> None:
         pytest.fail(f"in the isolated run (status {status}):\n{text}", pytrace=False)
 
 
-def udp(host: Host, address: IPv4Address | IPv6Address, *, foreign: bool = False) -> socket.socket:
+def on_a_testbed(
+    body: Callable[[Testbed], None],
+    *,
+    catalogue: Catalogue | None = None,
+    failure_detection_ms: int = FAILURE_DETECTION_MS,
+) -> None:
+    """Run `body` on a testbed of its own: the topology two-edge."""
+
+    def inside() -> None:
+        folder = scratch_dir()
+        with (
+            Network(load_topology("two-edge")) as network,
+            Testbed(
+                network,
+                catalogue or load_catalogue(BUILT_IN_CATALOGUE),
+                probe(),
+                folder,
+                folder / STATE_FOLDER,
+                failure_detection_ms=failure_detection_ms,
+            ) as testbed,
+        ):
+            body(testbed)
+
+    in_isolation(inside)
+
+
+def udp(
+    host: Host, address: IPv4Address | IPv6Address, *, port: int = 0, foreign: bool = False
+) -> socket.socket:
     """A datagram socket in the host, bound to an address; `foreign`: one that is not its own."""
 
     def make() -> socket.socket:
@@ -48,7 +82,7 @@ def udp(host: Host, address: IPv4Address | IPv6Address, *, foreign: bool = False
             made.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
         elif foreign:
             made.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
-        made.bind((str(address), 0))
+        made.bind((str(address), port))
         made.settimeout(2)
         return made
 
