@@ -104,7 +104,7 @@ class Codec:
             "DrainStarted": lambda m: DrainStarted(_text(m, "lease_id"), self._instant(m["until"])),
             "Ended": self._read_ended,
             "Acknowledged": lambda m: Acknowledged(
-                tuple(_typed(str, lease_id) for lease_id in m["leases"]),
+                _all(str, tuple(_typed(list, m["leases"]))),
                 self._instant(m["acknowledged"]),
             ),
             "Started": lambda m: Started(_text(m, "instance")),
@@ -186,7 +186,7 @@ def _terms(members: Members) -> Terms:
     return Terms(
         **fields,
         preemptible=_typed(bool, members["preemptible"]),
-        flows=tuple(_flow(ue, service) for ue, service in members["flows"]),
+        flows=tuple(_flow(ue, service) for ue, service in _typed(list, members["flows"])),
         intent=_intent(orjson.dumps(members["intent"])) if "intent" in members else None,
     )
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from controlplane.catalogue import Anchor
 from controlplane.clock import NS_PER_MS
-from controlplane.monitor import Monitor
+from controlplane.monitor import SIGNS_PER_BUDGET, Monitor
 from controlplane.resolver import AnchorState, AnchorView
 
 
@@ -130,7 +130,7 @@ class Fleet:
     @property
     def heartbeat_interval_ns(self) -> int:
         """How often an anchor that is monitored shall send a heartbeat."""
-        return self._monitor.interval_ns
+        return self._monitor.budget_ns // SIGNS_PER_BUDGET
 
     @property
     def next_check_ns(self) -> int | None:
@@ -150,6 +150,10 @@ class Fleet:
         """Return whose anchor it is; None if there is none of this name."""
         durable = self._durable.get(name)
         return None if durable is None else durable.provider
+
+    def state(self, name: str) -> AnchorState | None:
+        """Return whether an anchor takes sessions; None if there is none of this name."""
+        return self._state(name) if name in self._durable else None
 
     def statuses(self) -> Iterator[AnchorStatus]:
         """Yield all that is known, anchor by anchor."""

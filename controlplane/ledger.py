@@ -45,6 +45,7 @@ class Session:
     live: int = 0  # leases that have not ended
     started_ns: int | None = None  # its first COMMIT
     ended_ns: int | None = None
+    hidden: bool = False  # from CAMARA's API: its client has deleted it
     key: str | None = None
     counted: Terms | None = None  # under which it counts among what its tenant holds
 

@@ -3,21 +3,24 @@
 A member is monitored from its first sign of life on. It shall give one every quarter of the budget;
 silence for longer than the budget is failure.
 
-A watcher that stalls must not blame the members, whose signs it could not read meanwhile. So
-`check` measures how late it was called itself. Beyond `TOLERANCE` of its interval,
+A watcher that stalls must not blame the members, whose signs it could not read, and which may have
+stalled with it. Therefore:
 
-- every deadline is put off by the lateness, though never past a whole budget from now;
-- that check finds nobody, unless the one before was late too: what has arrived is read first.
+- a check judges by what was known at the check before: the signs given until then have been read by
+  now, so whoever was overdue then, and has still not been heard, is silent indeed;
+- a check that comes late puts every deadline off by its lateness, though never past a whole budget
+  from now: silence counts only while the watcher keeps time.
 
-Hence a member that dies is found within the budget, one interval and the tolerance, plus the time
-that the watcher itself stalled and one interval more. Stalls without end cannot put that off for
-ever. All this holds only if one event loop calls `check` and reads the signs of life.
+Hence a member whose signs are never a budget apart is never found, however long and often the
+watcher stalls, and one that dies is found within the budget, two intervals between checks (an
+eighth of the budget each), and the time that the watcher was late. All this holds only if one event
+loop calls `check` and reads the signs of life.
 """
 
 from dataclasses import dataclass
 
-CHECKS_PER_BUDGET = 4
-TOLERANCE = 0.5  # of the interval between checks
+SIGNS_PER_BUDGET = 4
+CHECKS_PER_BUDGET = 8
 
 
 @dataclass(slots=True)
@@ -31,10 +34,10 @@ class Monitor:
 
     def __init__(self, budget_ns: int) -> None:
         self.budget_ns = budget_ns
-        self.interval_ns = budget_ns // CHECKS_PER_BUDGET  # between checks, and between signs
         self.next_check_ns: int | None = None  # None: nobody is monitored
+        self._interval_ns = budget_ns // CHECKS_PER_BUDGET
+        self._checked_ns = 0
         self._watches: dict[str, _Watch] = {}
-        self._was_late = False  # the last check
 
     def __contains__(self, name: str) -> bool:
         return name in self._watches
@@ -43,7 +46,7 @@ class Monitor:
         """Take a sign of life, read at `now_ns`."""
         self._watches[name] = _Watch(now_ns, now_ns + self.budget_ns)
         if self.next_check_ns is None:
-            self.next_check_ns = now_ns + self.interval_ns
+            self.next_check_ns = now_ns + self._interval_ns
 
     def heard_ns(self, name: str) -> int | None:
         """Return when a member was heard last; None if it never was."""
@@ -67,16 +70,14 @@ class Monitor:
         due_ns = self.next_check_ns
         if due_ns is None or now_ns < due_ns:
             return {}
-        self.next_check_ns = now_ns + self.interval_ns if self._watches else None
-        late_ns = now_ns - due_ns
-        was_late, self._was_late = self._was_late, late_ns > self.interval_ns * TOLERANCE
-        if self._was_late:
-            for watch in self._watches.values():
-                watch.deadline_ns = min(watch.deadline_ns + late_ns, now_ns + self.budget_ns)
-            if not was_late:
-                return {}
-        return {
+        before_ns, self._checked_ns = self._checked_ns, now_ns
+        self.next_check_ns = now_ns + self._interval_ns if self._watches else None
+        silent = {
             name: now_ns - watch.heard_ns
             for name, watch in self._watches.items()
-            if watch.deadline_ns <= now_ns
+            if watch.deadline_ns <= before_ns
         }
+        for watch in self._watches.values():
+            put_off_ns = watch.deadline_ns + now_ns - due_ns
+            watch.deadline_ns = min(put_off_ns, now_ns + self.budget_ns)
+        return silent

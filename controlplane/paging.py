@@ -123,8 +123,10 @@ class Pager:
             profile = self._profile(request.profile)
             tenant = self._admitted(request.tenant, None, profile, request.duration_ms)
             arp = effective_arp(profile, tenant)
-            if controller.ledger.session_of(request.ue, request.aisi):
-                raise Refusal("SESSION_EXISTS", f"{request.ue} has a session for these flows")
+            wanted = set(request.flows)
+            for session in controller.ledger.sessions(ue=request.ue):
+                if wanted & set(controller.ledger.leases_of(session)[-1].terms.flows):
+                    raise Refusal("SESSION_EXISTS", f"{request.ue} has a session for such a flow")
             terms = controller.terms(
                 cause=PAGE,
                 tenant=tenant.name,
