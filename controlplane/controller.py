@@ -413,5 +413,5 @@ def hashed_key(tenant: str, key: str) -> str:
 
 
 def whole_seconds(duration_ns: int) -> int:
-    """Return a duration as CAMARA gives it: seconds, at least 1."""
-    return max(1, -(-duration_ns // NS_PER_S))
+    """Return a duration as CAMARA gives it: seconds, the nearest, at least 1."""
+    return max(1, round(duration_ns / NS_PER_S))
