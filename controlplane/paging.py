@@ -272,9 +272,16 @@ class Pager:
         *,
         only_aisi: str | None = None,
         not_anchor: str | None = None,
+        leaving: str | None = None,
     ) -> Resolution:
-        """Rank what can serve an intent now, under a tenant's policy."""
+        """Rank what can serve an intent now, under a tenant's policy.
+
+        `leaving`: an anchor that is compared with others as if the session were at neither.
+        """
         ledger = self._controller.ledger
+        slots_used = ledger.pools.slots_used()
+        if leaving is not None:
+            slots_used = {**slots_used, leaving: slots_used.get(leaving, 1) - 1}
 
         def of_policy(service: Service, anchor: Anchor) -> tuple[str, str] | None:
             return check_anchor(tenant.policy, anchor)
@@ -282,7 +289,7 @@ class Pager:
         return resolve(
             self._controller.catalogue,
             intent,
-            ledger.fleet.views(ledger.pools.slots_used()),
+            ledger.fleet.views(slots_used),
             only_aisi=only_aisi,
             not_anchor=not_anchor,
             cell=cell,

@@ -137,7 +137,9 @@ class Relocator:
             raise Refusal("ALREADY_THERE", f"the session is at {target}")
         tenant, cell = controller.tenant(terms.tenant), controller.cell(terms.ue)
         if target == BETTER:
-            found = self._pager.resolve(tenant, terms.intent, cell, only_aisi=terms.aisi)
+            found = self._pager.resolve(
+                tenant, terms.intent, cell, only_aisi=terms.aisi, leaving=terms.anchor
+            )
             here = next((c for c in found.candidates if c.anchor.name == terms.anchor), None)
             others = [c for c in found.candidates if c.anchor.name != terms.anchor]
             better = [
