@@ -384,7 +384,7 @@ def _operations() -> list[str]:
 
 
 @pytest.mark.parametrize("operation", _operations())
-@pytest.mark.parametrize("by", ["operator", CLIENTS[0], "ue1", "edge1"])
+@pytest.mark.parametrize("by", ["operator", CLIENTS[0], "ue1"])
 def test_no_request_that_the_document_allows_or_forbids_makes_it_fail(
     tmp_path: Path, operation: str, by: str
 ) -> None:
