@@ -1,13 +1,14 @@
 """How well services fit a description in free text: it ranks, and never decides (decision 0012).
 
-BM25 over what the catalogue says of each service (Robertson and Zaragoza, 2009), by the library
-`bm25s`, which needs no model and no download.
+BM25 over the word stems of what the catalogue says of each service (Robertson and Zaragoza, 2009),
+by the libraries `bm25s` and `PyStemmer`, which need no model and no download.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
 
 import bm25s
+import Stemmer
 
 from controlplane.catalogue import Catalogue, Service
 
@@ -17,6 +18,7 @@ class Ranking:
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
+        self._stemmer = Stemmer.Stemmer("english")
         self._relevance = lru_cache(maxsize=1_024)(self._compute)
 
     def __call__(
@@ -27,7 +29,9 @@ class Ranking:
 
     def _compute(self, description: str, aisis: tuple[str, ...]) -> tuple[float, ...]:
         texts = [self._text(self._catalogue.service(aisi)) for aisi in aisis]
-        tokens = bm25s.tokenize([*texts, description], stopwords="en", show_progress=False)
+        tokens = bm25s.tokenize(
+            [*texts, description], stopwords="en", stemmer=self._stemmer, show_progress=False
+        )
         words = {number: word for word, number in tokens.vocab.items()}
         documents = [[words[number] for number in ids] for ids in tokens.ids]
         query = documents.pop()

@@ -2,14 +2,15 @@
 
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from controlplane.catalogue import Catalogue, load_catalogue
+from controlplane.catalogue import Catalogue, load_catalogue, profile_for
 from controlplane.configfile import ConfigError, parse_yaml
 from controlplane.enforcement import Flow
 from controlplane.intent import Intent
-from controlplane.resolver import resolve
+from controlplane.resolver import AnchorState, AnchorView, resolve
 
 BUILT_IN = Path(__file__).parents[2] / "topologies" / "catalogue.yaml"
 GOOD = """\
@@ -51,9 +52,42 @@ anchors:
 
 def test_built_in_catalogue_serves_the_default_intent() -> None:
     catalogue = load_catalogue(BUILT_IN)
-    resolution = resolve(catalogue, Intent(task="text-generation"), {})
+    views = [AnchorView(a, 0, AnchorState.UP, 0.0, None, None) for a in catalogue.anchors]
+    resolution = resolve(catalogue, Intent(task="text-generation"), views)
     assert [c.anchor.name for c in resolution.candidates] == ["edge1", "edge2", "cloud"]
-    assert Intent(task="text-generation").qos_profile in catalogue.qos_shares()
+    assert profile_for(catalogue, Intent(task="text-generation")) == catalogue.profile("QOS_E")
+
+
+def test_rates_choose_the_smallest_profile_that_guarantees_them() -> None:
+    catalogue = load_catalogue(BUILT_IN)
+
+    def chosen(**members: Any) -> str | None:
+        intent = Intent.model_validate({"task": "text-generation", **members})
+        profile = profile_for(catalogue, intent)
+        return None if profile is None else profile.name
+
+    assert chosen(requiredRates={"downlinkBps": 2_000_000}) == "QOS_E"
+    assert chosen(requiredRates={"downlinkBps": 2_000_001}) == "QOS_L"
+    assert chosen(requiredRates={"uplinkBps": 600_000}) is None
+    assert chosen(qosProfile="BEST_EFFORT") == "BEST_EFFORT"
+    assert chosen(qosProfile="NO_SUCH") is None
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes", "words"),
+    [
+        ("memory_mb: 2000", "memory_mb: 32000", "whose model tokens-1 needs 32000 MB of memory"),
+        ("memory_mb: 2000", "accelerators: [gpu]", "needs gpu, which it has not"),
+        ("model: tokens-1", "model: tokens-2", "runs tokens-2, which is no model"),
+        ("provider: operator", "provider: guest", "is of guest, which is no provider"),
+    ],
+)
+def test_anchors_must_satisfy_what_models_require(was: str, becomes: str, words: str) -> None:
+    text = BUILT_IN.read_text().replace(
+        "# memory_mb: 16000 ", "provider: operator\n    memory_mb: 16000 #"
+    )
+    with pytest.raises(ConfigError, match=words):
+        parse_yaml(text.replace(was, becomes, 1), Catalogue, "c.yaml")
 
 
 def test_what_a_catalogue_tells() -> None:
@@ -113,5 +147,4 @@ def test_a_catalogue_that_offers_nothing_is_refused() -> None:
     assert named == [
         ["c.yaml:1", "qos_profiles"],
         ["c.yaml:2", "services"],
-        ["c.yaml:3", "anchors"],
     ]
