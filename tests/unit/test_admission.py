@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import settings
@@ -143,6 +144,17 @@ def test_the_least_important_make_room_and_nobody_in_vain(
     holders = held(counted, ("equal", 5, 10), ("little", 8, 10), ("much", 8, 50), ("least", 9, 20))
     victims = counted.victims(demand("edge2", asked_bps), "new", 5, holders)
     assert victims == expected
+
+
+def test_a_session_does_not_take_its_own_and_the_invulnerable_are_safe() -> None:
+    counted = Pools({"edge2": anchor("edge2", slots=2)}, {"gnb1": CELL})
+    own, other = held(counted, ("own", 9, 0), ("other", 9, 0))
+    asked = demand("edge2", 0)  # a slot
+    assert counted.victims(asked, own.session_id, 1, [own]) is None
+    assert counted.victims(asked, own.session_id, 1, [other, own]) == ["other"]
+    safe = replace(other, vulnerable=False)
+    assert counted.victims(asked, own.session_id, 1, [own, safe]) is None
+    assert counted.victims(asked, "new", 1, [own, safe]) == ["own"]
 
 
 class Admission(RuleBasedStateMachine):
