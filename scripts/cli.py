@@ -45,11 +45,23 @@ COMMANDS = {
     ),
     "sessions": (
         "scripts.operator:sessions",
-        "Show that network's live sessions.",
+        "Show live sessions, of that network or of a daemon.",
+    ),
+    "anchors": (
+        "scripts.operator:anchors",
+        "Show anchors and how they are.",
+    ),
+    "watch": (
+        "scripts.watch:command",
+        "Follow what happens, as it happens.",
     ),
     "relocate": (
         "scripts.operator:relocate",
         "Move a session to another anchor, make-before-break.",
+    ),
+    "drain": (
+        "scripts.operator:drain",
+        "Move all sessions away from an anchor.",
     ),
     "down": (
         "scripts.background:down",
@@ -58,6 +70,10 @@ COMMANDS = {
     "serve": (
         "scripts.serve:command",
         "Serve the control plane as a daemon, on any Linux router.",
+    ),
+    "client-secret": (
+        "scripts.client_secret:command",
+        "Make a secret for a client of the daemon's API.",
     ),
     "bench": (
         "scripts.bench.commands:group",
