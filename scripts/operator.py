@@ -29,7 +29,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the da
 @watch_option
 @json_option
 def sessions(path: Path | None, watch: bool, as_json: bool) -> None:
-    """Show live sessions: where each is served, until when, and the packets the kernel counted."""
+    """Show live sessions: where each is served, until when, and the packets the kernel counted.
+
+    Of a session's id the first 8 characters are shown; they are enough for 'relocate'.
+    """
     _show(path, _read_sessions, draw_sessions, watch, as_json)
 
 
@@ -97,7 +100,7 @@ def draw_sessions(answer: Any) -> RenderableType:
         sums[0] += entry["uplinkPackets"]
         sums[1] += entry["downlinkPackets"]
     table = Table(title="Sessions")
-    for name in ("session", "UE", "AISI", "anchor", "epoch", "state"):
+    for name in ("session", "UE", "AISI", "anchor", "epoch"):
         table.add_column(name, no_wrap=True)
     for name in ("ends in s", "up", "down"):
         table.add_column(name, justify="right")
@@ -106,12 +109,11 @@ def draw_sessions(answer: Any) -> RenderableType:
         left_s = (parse_rfc3339(commit["expiresAt"]) - time.time_ns()) / NS_PER_S
         up, down = counts.get(commit["leaseId"], (0, 0))
         table.add_row(
-            session["sessionId"],
+            session["sessionId"][:8],
             session["ue"],
             session["aisi"] or "-",
             commit["anchor"] or "-",
             str(commit["epoch"]),
-            commit["state"],
             f"{left_s:.1f}",
             f"{up:,}",
             f"{down:,}",

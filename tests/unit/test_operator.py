@@ -164,11 +164,11 @@ def test_sessions(daemon: Canned, path: Path, capsys: pytest.CaptureFixture[str]
     run(operator.sessions, path)
     text = capsys.readouterr().out
     first, second = rows(text)
-    assert first[:6] == ["5e55101d-0000", "ue1", "chat", "edge2", "2", "COMMITTED"]
-    assert float(first[6]) > 0
-    assert first[7:] == ["2,000", "40"]
-    assert second[:4] == ["905a1000-0000", "ue2", "-", "-"]
-    assert second[7:] == ["0", "0"]
+    assert first[:5] == ["5e55101d", "ue1", "chat", "edge2", "2"]
+    assert float(first[5]) > 0
+    assert first[6:] == ["2,000", "40"]
+    assert second[:4] == ["905a1000", "ue2", "-", "-"]
+    assert second[6:] == ["0", "0"]
     assert "and 3 more" in text
     assert "no_lease 7" in text
     run(operator.sessions, path, "--json")
