@@ -167,12 +167,13 @@ class Controller:
 
     # Transactions on a session that need no resolution
 
-    async def extend(self, session_id: str, additional_ms: int) -> Lease:
+    async def extend(self, session_id: str, additional_ms: int, *, capped: bool = False) -> Lease:
         """Let a session's lease end later. Raises Refusal if its profile does not allow so much.
 
         The whole duration counts, from the first COMMIT on (CAMARA Quality-on-Demand, extend).
+        `capped`: what is too much is cut to what the profile allows.
         """
-        work = self._extend(session_id, additional_ms)
+        work = self._extend(session_id, additional_ms, capped)
         return await self.measured.run(Transaction.EXTEND, work, session_id=session_id)
 
     async def release(self, session_id: str) -> None:
@@ -180,13 +181,19 @@ class Controller:
         work = self._release(session_id)
         await self.measured.run(Transaction.RELEASE, work, session_id=session_id)
 
-    async def _extend(self, session_id: str, additional_ms: int) -> Lease:
+    async def _extend(self, session_id: str, additional_ms: int, capped: bool) -> Lease:
         async with self.locks.hold(self.session(session_id).ue):
             held, session = self.committed(session_id), self.session(session_id)
             assert session.started_ns is not None
+            profile = self.catalogue.profile(held.terms.qos_profile)
             expires_ns = held.deadline_ns + additional_ms * NS_PER_MS
+            if capped:
+                latest_ns = session.started_ns + profile.max_duration_s * NS_PER_S
+                expires_ns = min(expires_ns, latest_ns)
+                if expires_ns <= held.deadline_ns:
+                    return held
             duration_ms = (expires_ns - session.started_ns) // NS_PER_MS
-            self.check_duration(self.catalogue.profile(held.terms.qos_profile), duration_ms)
+            self.check_duration(profile, duration_ms)
             self.check_lease(self.tenant(session.tenant), duration_ms)
             try:
                 renewed = lease.step(held, lease.Renew(expires_ns), self.clock.now_ns())

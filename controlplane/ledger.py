@@ -31,6 +31,8 @@ from controlplane.policy import Policy
 
 RETAIN_NS = 600 * NS_PER_S  # CAMARA Quality-on-Demand asks for 360 s
 MAX_RETAINED = 10_000  # ended sessions
+QOS_ALONE = "qod:"  # what the `aisi` of a lease of QoS alone begins with
+_AS_ASKED = (EndReason.EXPIRED, EndReason.RELEASED, EndReason.NOT_ENFORCED)
 
 
 @dataclass(slots=True)
@@ -86,6 +88,7 @@ class Ledger:
         self._held: dict[str, Held] = {}  # by tenant
         self._expected: set[str] = set()  # session ids: counted there, and not prepared yet
         self._by_tenant: defaultdict[str, dict[str, Session]] = defaultdict(dict)  # live
+        self._lingering: defaultdict[str, dict[str, Session]] = defaultdict(dict)  # by UE
         self._by_anchor: defaultdict[str, set[str]] = defaultdict(set)  # live lease ids
         self._by_key: dict[str, Session] = {}
         self.deadlines = Deadlines(self._leases.get)
@@ -136,6 +139,14 @@ class Ledger:
         """Return what a tenant's sessions hold together: those that live, and are expected to."""
         return self._held.get(tenant, Held())
 
+    def lingering(self, ue: str) -> list[Session]:
+        """Return a UE's sessions of QoS alone that the network ended and nobody has deleted yet.
+
+        They go when their client deletes them, or when they are forgotten (CAMARA
+        Quality-on-Demand, createSession).
+        """
+        return [s for s in self._lingering.get(ue, {}).values() if not s.hidden]
+
     def session_of(self, ue: str, aisi: str) -> Session | None:
         """Return the live session of a UE with a service; None if there is none."""
         return self._current.get((ue, aisi))
@@ -162,7 +173,7 @@ class Ledger:
 
     def next_epoch(self, ue: str, aisi: str) -> int:
         """Return an epoch above every earlier one of this UE and service (fencing)."""
-        return self._epochs.get((ue, aisi), 0) + 1
+        return self._epochs.get(_fenced(ue, aisi), 0) + 1
 
     # Quotas count what is on its way, as pools do
 
@@ -217,6 +228,7 @@ class Ledger:
             for lease_id in session.lease_ids:
                 del self._leases[lease_id]
             del self._sessions[session.session_id]
+            _discard(self._lingering, session.ue, session.session_id)
             self._forget_key(session)
 
     def _evolve(self, event: Committed | Renewed | DrainStarted, at_ns: int) -> Lease:
@@ -242,8 +254,8 @@ class Ledger:
         session.live += 1
         self._live += 1
         session.lease_ids.append(terms.lease_id)
-        pair = (terms.ue, terms.aisi)
-        self._epochs[pair] = max(self._epochs.get(pair, 0), terms.epoch)
+        fenced = _fenced(terms.ue, terms.aisi)
+        self._epochs[fenced] = max(self._epochs.get(fenced, 0), terms.epoch)
         if terms.anchor is not None:
             self._by_anchor[terms.anchor].add(terms.lease_id)
         lease = evolve(None, event)
@@ -269,6 +281,8 @@ class Ledger:
             assert session.counted is not None
             self._count(session.counted, -1)
             self._ended.append(session)
+            if terms.anchor is None and event.reason not in _AS_ASKED:
+                self._lingering[terms.ue][session.session_id] = session
             if event.reason is EndReason.NOT_ENFORCED:
                 self._forget_key(session)  # the request was refused: it may be made again
 
@@ -286,7 +300,12 @@ class Ledger:
         )
 
 
+def _fenced(ue: str, aisi: str) -> tuple[str, str]:
+    """Return whose epochs grow together; those of QoS alone, since they may share servers."""
+    return ue, QOS_ALONE if aisi.startswith(QOS_ALONE) else aisi
+
+
 def _discard(index: defaultdict[str, dict[str, Session]], of: str, session_id: str) -> None:
-    del index[of][session_id]
+    index[of].pop(session_id, None)
     if not index[of]:
         del index[of]

@@ -124,7 +124,11 @@ class Pager:
             tenant = self._admitted(request.tenant, None, profile, request.duration_ms)
             arp = effective_arp(profile, tenant)
             wanted = set(request.flows)
-            for session in controller.ledger.sessions(ue=request.ue):
+            ended = controller.ledger.lingering(request.ue)
+            for session in (
+                *controller.ledger.sessions(ue=request.ue),
+                *(s for s in ended if s.tenant == request.tenant),
+            ):
                 if wanted & set(controller.ledger.leases_of(session)[-1].terms.flows):
                     raise Refusal("SESSION_EXISTS", f"{request.ue} has a session for such a flow")
             terms = controller.terms(

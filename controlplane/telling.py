@@ -118,7 +118,8 @@ class Teller:
             expires_unix_ns=expires_unix_ns,
             **common,
         )
-        yield Notice(terms.session_id, notifications.encode(told), at_unix_ns)
+        if terms.request is None:  # CAMARA's clients are told in CAMARA's words only
+            yield Notice(terms.session_id, notifications.encode(told), at_unix_ns)
         if status is not None:
             camara = notifications.qos_status_changed(**common, **status)
             over = status["status"] is QosStatus.UNAVAILABLE

@@ -16,6 +16,7 @@ from controlplane.answers import Refusal
 from controlplane.enforcement import EnforcementError
 from controlplane.northbound import (
     anchors,
+    camara_common,
     camara_profiles,
     camara_qod,
     events,
@@ -106,6 +107,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
     headers = dict(error.headers or {})
     if error.status_code == 405:  # the router names the methods of one route only
         headers["Allow"] = ", ".join(sorted(_methods(request)))
+    if request.url.path.startswith(camara_common.ROOTS):
+        return camara_common.unrouted(request, error, headers)
     return problem(cause, f"{request.method} {request.url.path}: {error.detail}", headers)
 
 

@@ -1,31 +1,33 @@
-"""What CAMARA's APIs share (Commonalities r4.3): errors, correlator, devices, strict requests.
+"""What CAMARA's APIs share (Commonalities r4.3): errors, the correlator, who a device is.
 
-`CamaraRoute` turns whatever goes wrong under a CAMARA path into CAMARA's own form of error, and
-returns each request's `x-correlator`.
+`CamaraRoute` turns whatever goes wrong in an operation into CAMARA's own form of error, and returns
+each request's `x-correlator`; `unrouted` does so where there is no operation.
 """
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address
 from math import ceil
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from controlplane.answers import Refusal
 from controlplane.enforcement import EnforcementError
+from controlplane.northbound.camara_models import Device
 from controlplane.northbound.identity import Caller
 from controlplane.northbound.plane import ControlPlane
-from controlplane.sinks import SinkError
 from controlplane.store import StoreError
 
+ROOTS = ("/quality-on-demand/", "/qos-profiles/")
 CORRELATOR = "x-correlator"
-_CORRELATOR = re.compile(r"[a-zA-Z0-9-_:;./<>{}]{0,256}")
+_CORRELATOR = re.compile(r"[a-zA-Z0-9_:;./<>{}-]{0,256}")
 
 # Refusal.cause -> status and code. Codes with a dot are Quality-on-Demand's own.
 ERRORS = {
@@ -39,8 +41,8 @@ ERRORS = {
     "UNAUTHENTICATED": (401, "UNAUTHENTICATED"),
     "NOT_ALLOWED": (403, "PERMISSION_DENIED"),
     "QOS_PROFILE_NOT_ALLOWED": (403, "PERMISSION_DENIED"),
-    "TASK_NOT_ALLOWED": (403, "PERMISSION_DENIED"),
     "LEASE_QUOTA_EXCEEDED": (403, "PERMISSION_DENIED"),
+    "TENANT_UNKNOWN": (403, "PERMISSION_DENIED"),
     "SESSION_UNKNOWN": (404, "NOT_FOUND"),
     "PROFILE_NOT_FOUND": (404, "NOT_FOUND"),
     "UE_UNKNOWN": (404, "IDENTIFIER_NOT_FOUND"),
@@ -60,108 +62,88 @@ ERRORS = {
     "BANDWIDTH_QUOTA_EXCEEDED": (429, "QUOTA_EXCEEDED"),
 }
 UNAVAILABLE = (503, "UNAVAILABLE")  # of every other cause
+_CODE_OF_STATUS = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}  # where there is no operation
+_OF_RANGE = {"greater_than_equal", "less_than_equal"}
 
 
-def camara_error(status: int, code: str, message: str) -> JSONResponse:
+class ErrorInfo(BaseModel):
+    """CAMARA's form of every error."""
+
+    status: Annotated[int, Field(ge=100, le=599)]
+    code: Annotated[str, Field(max_length=96)]
+    message: Annotated[str, Field(max_length=512)]
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe errors of an operation for the OpenAPI document."""
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"description": HTTPStatus(status).phrase, "model": ErrorInfo}
+        for status in statuses
+    }
+    return described | {"default": {"description": "Any other error", "model": ErrorInfo}}
+
+
+def camara_error(
+    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """Return an ErrorInfo."""
-    return JSONResponse({"status": status, "code": code, "message": message[:512]}, status)
+    content = {"status": status, "code": code, "message": message[:512]}
+    return JSONResponse(content, status, None if headers is None else dict(headers))
 
 
 class CamaraRoute(APIRoute):
-    """A route under a CAMARA path."""
+    """An operation under a CAMARA path."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler, errors and correlator included."""
         handle = super().get_route_handler()
 
         async def handled(request: Request) -> Response:
-            correlator = request.headers.get(CORRELATOR)
-            if correlator is not None and not _CORRELATOR.fullmatch(correlator):
+            if not _CORRELATOR.fullmatch(request.headers.get(CORRELATOR, "")):
                 return camara_error(400, "INVALID_ARGUMENT", f"{CORRELATOR} is malformed")
             try:
                 response = await handle(request)
             except Refusal as refusal:
-                status, code = ERRORS.get(refusal.cause, UNAVAILABLE)
-                response = camara_error(status, code, str(refusal))
-                if refusal.retry_after_s is not None:
-                    response.headers["retry-after"] = str(max(1, ceil(refusal.retry_after_s)))
+                response = _refused(refusal)
             except RequestValidationError as error:
-                response = camara_error(400, "INVALID_ARGUMENT", _what(error))
+                response = _invalid(error)
+            except HTTPException as error:
+                response = camara_error(error.status_code, "INVALID_ARGUMENT", error.detail)
             except (StoreError, EnforcementError):
                 response = camara_error(*UNAVAILABLE, "the service is not available now")
-            if response.status_code == 401:
-                response.headers["www-authenticate"] = 'Bearer realm="ai-paging"'
-            if correlator is not None:
-                response.headers[CORRELATOR] = correlator
-            return response
+            return _correlated(request, response)
 
         return handled
 
 
-def _what(error: RequestValidationError) -> str:
-    """Say what is wrong, quoting nothing of the request's values."""
-    found = error.errors()[:10]
-    return "; ".join(
-        f"{'.'.join(str(p)[:64] for p in item['loc'])}: {item['msg']}" for item in found
-    )
+def unrouted(request: Request, error: HTTPException, headers: Mapping[str, str]) -> Response:
+    """Return the error for a path under `ROOTS` or a method that there is not."""
+    code = _CODE_OF_STATUS.get(error.status_code, "INVALID_ARGUMENT")
+    return _correlated(request, camara_error(error.status_code, code, error.detail, headers))
 
 
-class CamaraModel(BaseModel):
-    """A request body: unknown properties are 400 INVALID_ARGUMENT at any level."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=False,
-        validate_by_alias=True,
-        allow_inf_nan=False,
-    )
+def _correlated(request: Request, response: Response) -> Response:
+    correlator = request.headers.get(CORRELATOR)
+    if correlator is not None and _CORRELATOR.fullmatch(correlator):
+        response.headers[CORRELATOR] = correlator
+    return response
 
 
-Ipv4 = Annotated[IPv4Address, Field(strict=False)]
-Ipv6 = Annotated[IPv6Address, Field(strict=False)]
-Ipv4Text = Annotated[str, StringConstraints(max_length=15)]
-Port = Annotated[int, Field(ge=0, le=65535)]
+def _refused(refusal: Refusal) -> Response:
+    headers = {}
+    if refusal.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, ceil(refusal.retry_after_s)))
+    if refusal.cause == "UNAUTHENTICATED":
+        headers["www-authenticate"] = 'Bearer realm="ai-paging"'
+    return camara_error(*ERRORS.get(refusal.cause, UNAVAILABLE), str(refusal), headers)
 
 
-def _address(kind: type[IPv4Address] | type[IPv6Address], text: str) -> str:
-    kind(text)
-    return text
-
-
-class DeviceIpv4Address(CamaraModel):
-    """The address as the application server sees it, and how to tell devices behind it apart."""
-
-    public_address: Ipv4Text
-    private_address: Ipv4Text | None = None
-    public_port: Port | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        _address(IPv4Address, self.public_address)
-        if self.private_address is not None:
-            _address(IPv4Address, self.private_address)
-        elif self.public_port is None:
-            raise ValueError("publicAddress needs privateAddress or publicPort beside it")
-        return self
-
-
-class Device(CamaraModel):
-    """A UE, by one or more identifiers."""
-
-    phone_number: Annotated[str, StringConstraints(pattern=r"^\+[1-9][0-9]{4,14}$")] | None = None
-    network_access_identifier: Annotated[str, StringConstraints(max_length=2048)] | None = None
-    ipv4_address: DeviceIpv4Address | None = None
-    ipv6_address: Annotated[str, StringConstraints(max_length=45)] | None = None
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if not self.model_fields_set:
-            raise ValueError("at least one identifier is needed")
-        if self.ipv6_address is not None:
-            _address(IPv6Address, self.ipv6_address)
-        return self
+def _invalid(error: RequestValidationError) -> Response:
+    """Say what is wrong, quoting no value of the request."""
+    found = error.errors()
+    code = "OUT_OF_RANGE" if {item["type"] for item in found} <= _OF_RANGE else "INVALID_ARGUMENT"
+    what = [f"{'.'.join(str(p)[:64] for p in item['loc'])}: {item['msg']}" for item in found[:10]]
+    return camara_error(400, code, "; ".join(what))
 
 
 def device_of(
@@ -195,8 +177,3 @@ def device_of(
     if device.ipv4_address is None and device.ipv6_address is None:
         raise Refusal("UNSUPPORTED_IDENTIFIER", "The identifier provided is not supported.")
     raise Refusal("UE_UNKNOWN", "Device identifier not found.")
-
-
-def check_credential(error: SinkError) -> Refusal:
-    """Return the refusal for a sink or credential that cannot be used."""
-    return Refusal("INVALID" if error.code == "INVALID_ARGUMENT" else error.code, str(error))

@@ -1,4 +1,7 @@
-"""CAMARA QoS Profiles: what applications may ask for, from the catalogue."""
+"""CAMARA QoS Profiles: what applications may ask for, from the catalogue.
+
+Offered to a caller is what its tenant's policy allows; to every device the same.
+"""
 
 from typing import Annotated, Any
 
@@ -6,10 +9,12 @@ from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse, Response
 
 from controlplane.answers import Refusal
-from controlplane.catalogue import ProfileStatus, QosProfile
-from controlplane.intent import QosProfileName
-from controlplane.northbound.camara_common import CamaraModel, CamaraRoute, Device, device_of
-from controlplane.northbound.identity import Identified, Plane
+from controlplane.catalogue import QosProfile
+from controlplane.northbound import camara_models
+from controlplane.northbound.camara_common import CamaraRoute, device_of, errors
+from controlplane.northbound.camara_models import QosProfileDeviceRequest
+from controlplane.northbound.identity import Caller, Identified, Plane
+from controlplane.northbound.plane import ControlPlane
 
 VERSION = "vwip"
 MAX_LISTED = 100
@@ -20,38 +25,51 @@ router = APIRouter(tags=["QoS Profiles"], route_class=CamaraRoute)
 Name = Annotated[str, Path(min_length=3, max_length=256, pattern=r"^[a-zA-Z0-9_.-]+$")]
 
 
-class QosProfileDeviceRequest(CamaraModel):
-    """Which profiles."""
-
-    device: Device | None = None
-    name: QosProfileName | None = None
-    status: str | None = None
-
-
-@router.post("/retrieve-qos-profiles", summary="Retrieve QoS profiles")
+@router.post(
+    "/retrieve-qos-profiles",
+    summary="Retrieve QoS profiles",
+    responses={
+        200: {"description": "The profiles", "model": list[camara_models.QosProfile]},
+        **errors(400, 401, 403, 404, 422, 429),
+    },
+)
 async def retrieve(body: QosProfileDeviceRequest, caller: Identified, plane: Plane) -> Response:
-    """Return the profiles that match. All of them are available to every device."""
+    """Return the profiles that match."""
     caller.require("qos-profiles:read")
-    if body.device is not None or caller.ue is not None:
+    if body.device is not None:
         device_of(caller, plane, body.device)
-    if body.status is not None and body.status not in ProfileStatus.__members__:
-        raise Refusal("INVALID", "status is ACTIVE, INACTIVE or DEPRECATED")
     found = [
         profile
         for profile in plane.controller.catalogue.qos_profiles
-        if body.name in (None, profile.name) and body.status in (None, profile.status.value)
+        if _offered(plane, caller, profile)
+        and body.name in (None, profile.name)
+        and body.status in (None, profile.status.value)
     ]
     return JSONResponse([document(profile) for profile in found[:MAX_LISTED]])
 
 
-@router.get("/qos-profiles/{name}", summary="Get QoS Profile for a given name")
+@router.get(
+    "/qos-profiles/{name}",
+    summary="Get QoS Profile for a given name",
+    responses={
+        200: {"description": "The profile", "model": camara_models.QosProfile},
+        **errors(400, 401, 403, 404, 429),
+    },
+)
 async def get(name: Name, caller: Identified, plane: Plane) -> Response:
     """Return a profile."""
     caller.require("qos-profiles:read")
-    try:
-        return JSONResponse(document(plane.controller.catalogue.profile(name)))
-    except KeyError:
-        raise Refusal("PROFILE_NOT_FOUND", "The specified resource is not found.") from None
+    for profile in plane.controller.catalogue.qos_profiles:
+        if profile.name == name and _offered(plane, caller, profile):
+            return JSONResponse(document(profile))
+    raise Refusal("PROFILE_NOT_FOUND", "The specified resource is not found.")
+
+
+def _offered(plane: ControlPlane, caller: Caller, profile: QosProfile) -> bool:
+    if caller.anchor is not None:  # it asks for no sessions
+        return True
+    allowed = plane.controller.tenant(caller.tenant).policy.qos_profiles
+    return allowed is None or profile.name in allowed
 
 
 def document(profile: QosProfile) -> dict[str, Any]:

@@ -196,16 +196,21 @@ class Api:
         async with httpx.AsyncClient(transport=transport, base_url="http://core") as client:
             return await client.request(method, path, json=json, headers=headers, **options)
 
+    def token(self, name: str, **asked: str) -> str:
+        """Return a new access token of a client; `asked`: its `scope`, if not all."""
+        answer = self.call(
+            "POST",
+            "/oauth2/token",
+            by="192.0.2.1",
+            data={"grant_type": "client_credentials", **asked},
+            auth=(name, self._secrets[name]),
+        )
+        granted: str = answer.json()["access_token"]
+        return granted
+
     def _token(self, name: str) -> str:
         if name not in self._tokens:
-            answer = self.call(
-                "POST",
-                "/oauth2/token",
-                by="192.0.2.1",
-                data={"grant_type": "client_credentials"},
-                auth=(name, self._secrets[name]),
-            )
-            self._tokens[name] = answer.json()["access_token"]
+            self._tokens[name] = self.token(name)
         return self._tokens[name]
 
 
