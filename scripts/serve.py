@@ -48,6 +48,7 @@ from upf import qos, routing
 from upf.config import AnchorPort, Attachment, GateConfig
 from upf.features import probe
 from upf.gate import Gate
+from upf.gate import remove as remove_gate
 from upf.local import LocalUserPlane
 from upf.routing import RoutingError
 
@@ -237,9 +238,7 @@ def _ready() -> None:
 
 def remove(config: ServeConfig) -> None:
     """Take everything away that the daemon left in the user plane: leases end at once."""
-    catalogue = load_catalogue(config.catalogue)
-    gate = Gate(config.upf_netns, config.gate(catalogue), in_place_renewal=False)
-    gate.remove()
+    remove_gate(config.upf_netns)
     routing.remove(config.upf_netns)
     qos.remove(config.upf_netns, [cell.n3_interface for cell in config.cells.values()])
 

@@ -6,6 +6,7 @@ element carries its lease's id and epoch, and a timeout that ends with the lease
 of this process.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
@@ -37,7 +38,7 @@ from upf.flows import (
 from upf.leases import adopted_flows, enforced_leases
 from upf.nft_socket import BatchError, NftSocket
 from upf.readback import drop_counters, look_up, read_element, table_comment
-from upf.schema import Schema
+from upf.schema import Schema, removal
 
 NS_PER_MS = 1_000_000
 # A timeout counts from when the kernel handles the batch, at most this long after it was computed
@@ -48,6 +49,13 @@ MAX_TRIES = 12
 MAX_FLOWS = 1_000  # in a batch of a reconciliation
 # A kernel timeout this close to what the journal says is the same deadline.
 SAME_DEADLINE_MS = 20
+
+
+def remove(netns_path: str) -> None:
+    """Delete the gate's table in a namespace, if it is there: every lease closes at once."""
+    with contextlib.closing(NftSocket(netns_path, in_place_renewal=False)) as handle:
+        if table_comment(handle) is not None:
+            handle.commit_messages(removal())
 
 
 class Gate:

@@ -10,7 +10,7 @@ it leaves, and no more than the cell can carry, is best effort.
     1:20, 1:21, ...  one class a profile: its share guaranteed, up to everything
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -60,6 +60,14 @@ def install(
                     raise QosError(f"{name}: asked for HTB classes {wanted}, found {is_}")
 
 
+def remove(netns_path: str, interfaces: Iterable[str]) -> None:
+    """Take the tree away from these interfaces, those of them that are there and have it."""
+    with route_socket(netns_path) as routes:
+        for name in interfaces:
+            for index in routes.link_lookup(ifname=name):
+                _remove(routes, index)
+
+
 # class id -> (parent, guaranteed bytes/s, most bytes/s, priority)
 _Tree = dict[int, tuple[int, int, int, int]]
 
@@ -77,8 +85,7 @@ def _wanted(capacity_bps: int, shares: Mapping[str, float]) -> _Tree:
 
 
 def _build(routes: IPRoute, index: int, tree: _Tree) -> None:
-    if any(_is_ours(qdisc, index) for qdisc in routes.get_qdiscs()):
-        routes.tc("del", index=index, handle=ROOT, root=True)
+    _remove(routes, index)
     routes.tc("add", "htb", index=index, handle=ROOT, default=BEST_EFFORT & 0xFFFF)
     for class_id, (parent, rate, ceil, priority) in tree.items():
         burst = max(ceil * BURST_MS // 1_000, LEAST_BURST_BYTES)
@@ -99,6 +106,11 @@ def _build(routes: IPRoute, index: int, tree: _Tree) -> None:
             routes.tc(
                 "add", "pfifo", index=index, handle=queue, parent=class_id, limit=QUEUE_PACKETS
             )
+
+
+def _remove(routes: IPRoute, index: int) -> None:
+    if any(_is_ours(qdisc, index) for qdisc in routes.get_qdiscs()):
+        routes.tc("del", index=index, handle=ROOT, root=True)
 
 
 def _read(routes: IPRoute, index: int) -> _Tree:

@@ -124,6 +124,15 @@ def _within(family: Family, field: str, prefix: IPv4Network | IPv6Network) -> li
     ]
 
 
+def removal() -> list[Message]:
+    """Return the batch that deletes the table with all that is in it."""
+    return batch([_removal()])
+
+
+def _removal() -> Message:
+    return message(nft_table_msg, NFT_MSG_DELTABLE, NFTA_TABLE_NAME=TABLE)
+
+
 class Schema:
     """Builds the batch that makes the gate for one configuration."""
 
@@ -139,7 +148,7 @@ class Schema:
         """Return the whole table as one batch; `replace` deletes a table of that name first."""
         messages: list[Message] = []
         if replace:
-            messages.append(message(nft_table_msg, NFT_MSG_DELTABLE, NFTA_TABLE_NAME=TABLE))
+            messages.append(_removal())
         messages.append(
             message(
                 nft_table_msg,
