@@ -132,7 +132,7 @@ def draw_anchors(answer: Any) -> RenderableType:
         table.add_column(name, no_wrap=True)
     for name in ("slots", "load", "latency ms"):
         table.add_column(name, justify="right")
-    table.add_column("ready")
+    table.add_column("ready", overflow="fold")
     for anchor in answer["anchors"]:
         latency_ms, ready = anchor["measuredLatencyMs"], anchor["readyAisis"]
         table.add_row(
