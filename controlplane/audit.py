@@ -137,7 +137,7 @@ class Auditor:
             case Renewed():
                 yield from self._renewed(lease, event)
             case DrainStarted():
-                yield from self._drain_started(lease, event)
+                yield from self._drain_started(entry, lease, event)
             case Ended():
                 yield from check_end(self._told, lease, event, entry.at_ns)
                 self._ended(entry, lease, event)
@@ -172,7 +172,7 @@ class Auditor:
             yield Rule.RENEWAL_GROWS, f"{name} ran until {rfc3339(lease.deadline_ns)}"
         lease.deadline_ns = event.expires_ns
 
-    def _drain_started(self, lease: LiveLease, event: DrainStarted) -> Found:
+    def _drain_started(self, entry: Entry, lease: LiveLease, event: DrainStarted) -> Found:
         name = f"lease {event.lease_id}"
         if lease.state is not State.COMMITTED:
             yield Rule.COMMIT_AFTER_PREPARE, f"{name} is {lease.state}, it steers nothing"
@@ -184,6 +184,7 @@ class Auditor:
             detail = f"{name} drains, and no lease granted before it in this write takes over"
             yield Rule.MAKE_BEFORE_BREAK, detail
         lease.state, lease.deadline_ns = State.DRAINING, event.until_ns
+        lease.drained_at_ns = entry.at_ns
 
     def _ended(self, entry: Entry, lease: LiveLease, event: Ended) -> None:
         told, counts = self._told, self.counts

@@ -84,6 +84,11 @@ def _check_counts(told: Told, lease: LiveLease, event: Ended, at_ns: int) -> Fou
 
 
 def _unattended(told: Told, lease: LiveLease) -> bool:
-    """Whether no controller ran when a lease's counts were to be read: the kernel had them last."""
+    """Whether an earlier controller had a lease's counts, or none ran when they were to be read.
+
+    The kernel has a lease's uplink counts until it is superseded, and the others until its end.
+    """
     started_ns = told.started_ns
+    if lease.state is State.DRAINING and lease.drained_at_ns < started_ns:
+        return True
     return lease.committed_at_ns < started_ns and lease.deadline_ns < started_ns + SLACK_NS

@@ -18,6 +18,7 @@ class LiveLease:
     state: State
     deadline_ns: int
     committed_at_ns: int = 0
+    drained_at_ns: int = 0  # when it was superseded
 
 
 @dataclass(slots=True)

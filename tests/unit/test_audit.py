@@ -106,6 +106,7 @@ def preemption(
         [*PAGE, (70, [Started("2"), ended("a", EXPIRED)])],
         [*PAGE, (59.9, [Started("2")]), (60, [ended("a", EXPIRED)])],
         [*PAGE, (59.9, [Started("2")]), (60, [ended("a", EXPIRED, 59.95)])],
+        [*MOVE[:-1], (10.2, [Started("2")]), (11, [ended("a", EndReason.RELOCATED)])],
         # another controller, another clock
         [*PAGE, (-7, [Started("2")]), (-6, [renewed("a", 70)])],
     ],
@@ -308,6 +309,11 @@ BREACHES: list[tuple[str, Sequence[Write], list[tuple[int, Rule]]]] = [
     ("equal priority", preemption(8), [(2, Rule.PREEMPTION)]),
     ("not preemptible", preemption(preemptible=False), [(2, Rule.PREEMPTION)]),
     ("preempted for later", preemption(later=0.001), [(2, Rule.PREEMPTION)]),
+    (
+        "no counts of what this controller superseded",
+        [(-1, [Started("2")]), *MOVE[:-1], (11, [ended("a", EndReason.RELOCATED)])],
+        [(7, Rule.CLOSING_COUNTS)],
+    ),
     ("no counts", [*PAGE, (2, [ended("a", RELEASED)])], [(3, Rule.CLOSING_COUNTS)]),
     (
         "no counts long after a start",
