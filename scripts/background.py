@@ -12,7 +12,8 @@ import click
 from controlplane.catalogue import load_catalogue
 from scripts.errors import EXIT_FAILED, UserError, require_root
 from scripts.experiments.common import BUILT_IN_CATALOGUE, STATE_FOLDER
-from scripts.testbed import CONTROL_PORT, Testbed, check
+from scripts.testbed import Testbed, check
+from scripts.testbed_config import CONTROL_PORT
 from topologies import addressing, lifecycle
 from topologies.endpoints import ue
 from topologies.isolation import scratch_dir
@@ -41,7 +42,7 @@ def up(file: str, catalogue: Path, state: Path | None, as_json: bool) -> None:
     \b
     Then, for example:
       aipaging shell ue1 aipaging page --task text-generation --max-tokens 500
-      aipaging sessions         (in another terminal)
+      aipaging watch            (in another terminal; also: sessions --watch, anchors --watch)
       aipaging relocate ue1     (the stream goes on; new connections go to the other anchor)
       aipaging shell upf nft list table inet aipaging
       aipaging down

@@ -1,7 +1,6 @@
 """The testbed: an emulated network with its anchors and its controller running in it."""
 
 import json
-import math
 import select
 import subprocess
 import sys
@@ -15,18 +14,17 @@ import httpx
 
 from controlplane.catalogue import Catalogue
 from controlplane.configfile import ConfigError
-from controlplane.controller import Settings, Subscriber
+from controlplane.controller import Settings
 from scripts.errors import UserError
 from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, write
-from scripts.serve import CellConfig, ServeConfig, write_config
+from scripts.serve import write_config
+from scripts.testbed_config import CONTROL_PORT, serve_config
 from topologies.hosts import Host, Ue
 from topologies.linux import set_priority
 from topologies.network import Network
 from topologies.spec import TopologySpec
-from upf.config import AnchorPort
 from upf.features import Features
 
-CONTROL_PORT = 8080
 OPERATOR_SOCKET = "controller.sock"
 # The probes' load shares the machine's few cores with the control plane, as it would not outside
 # an emulation. Controller and anchors go before it.
@@ -268,53 +266,3 @@ class Testbed:
 
 def _anchor_program(anchor: str) -> str:
     return f"anchor-{anchor}"
-
-
-def serve_config(
-    network: Network,
-    *,
-    catalogue: Path,
-    state: Path,
-    operator_socket: Path,
-    settings: Settings,
-    failure_detection_ms: int,
-    in_place_renewal: bool,
-) -> ServeConfig:
-    """Describe an emulated network to the control plane."""
-    cells = {}
-    for gnb in network.gnbs.values():
-        # The UPF queues where the cell would: its N3 interfaces are no faster than the cell.
-        n3 = gnb.spec.n3.rate_mbps or math.inf
-        cells[gnb.name] = CellConfig(
-            n3_interface=gnb.upf_interface,
-            downlink_mbps=min(gnb.spec.downlink_mbps, n3),
-            uplink_mbps=min(gnb.spec.uplink_mbps, n3),
-        )
-    return ServeConfig(
-        upf_netns=network.upf.netns,
-        in_place_renewal=in_place_renewal,
-        catalogue=catalogue,
-        state=state,
-        operator_socket=operator_socket,
-        listen=(
-            f"{network.core.address4}:{CONTROL_PORT}",
-            f"[{network.core.address6}]:{CONTROL_PORT}",
-        ),
-        cells=cells,
-        anchors=tuple(
-            AnchorPort(
-                name=anchor.name,
-                interface=anchor.upf_interface,
-                address4=anchor.address4,
-                address6=anchor.address6,
-            )
-            for anchor in network.anchors.values()
-        ),
-        subscribers=tuple(
-            Subscriber(ue.name, ue.address4, ue.address6, ue.serving_gnb) for ue in network.ues
-        ),
-        settings=settings,
-        failure_detection_ms=failure_detection_ms,
-        api_root=f"http://{network.core.address4}:{CONTROL_PORT}",
-        allow_http_sinks=True,
-    )
