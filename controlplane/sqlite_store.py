@@ -53,10 +53,10 @@ class SqliteStore:
                 path, isolation_level=None, check_same_thread=False, timeout=0
             )
             self._open()
+            self._size = self._count()
         except (OSError, sqlite3.Error) as error:
             self.writer.shutdown()
             raise StoreError(_why(path, error)) from error
-        self._size = self._count()
 
     def replay(self) -> Iterator[bytes]:
         """Yield every entry from the beginning."""
@@ -138,7 +138,7 @@ class SqliteStore:
             "SELECT count(*), ifnull(max(number), -1) FROM entries"
         ).fetchone()
         if count != last + 1:
-            raise StoreError(f"{self.path}: has {count} entries, the last is number {last}")
+            raise sqlite3.DatabaseError(f"has {count} entries, the last is number {last}")
         return int(count)
 
     def _pieces(self, start: int, end: int) -> Iterator[Sequence[bytes]]:
