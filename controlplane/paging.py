@@ -27,6 +27,7 @@ from controlplane.resolver import Candidate, Exclusion, Resolution, resolve
 from controlplane.store import Sink
 
 PAGE = "PAGE"  # the cause of a session's first lease
+PREEMPTION = "preemption:"  # a lock
 NO_CHOICE = Resolution((), (), ())
 
 
@@ -94,12 +95,13 @@ class Pager:
             return await self._page(page, key, requested_ns)
 
     async def page_again(self, session: Session, cause: str) -> Grant:
-        """Page anew for the intent of a session that no anchor can serve any more.
+        """Page anew for the intent of a session that no anchor can serve any more. Raises Refusal.
 
-        The lock of its UE is held. The answer may be of another service.
+        The lock of its UE is held. The answer is of another service, and ends when the session
+        would have.
         """
         controller = self._controller
-        last = controller.ledger.leases_of(session)[-1]
+        last = controller.committed(session.session_id)
         assert last.terms.intent is not None
         kept = controller.committer.store.sink(session.session_id)
         page = Page(
@@ -147,17 +149,20 @@ class Pager:
             shortage = controller.reserve(terms)
             if shortage is None:
                 return await self._grant(asked, requested_ns)
-            victims = self._victims(terms, arp) if arp.preemption_capability else None
-            if not victims:
+            granted = None
+            if arp.preemption_capability:
+                granted = await self._preempt(asked, arp, requested_ns)
+            if granted is None:
                 raise Refusal("NO_BANDWIDTH", str(shortage))
-            return await self._grant_over(victims, asked, requested_ns)
+            return granted
 
     # Before anything is reserved
 
     def _again(self, known: Session, ue: str, intent: Intent | None, request: str | None) -> Grant:
         """Answer a request that was granted before."""
         controller = self._controller
-        held = controller.ledger.leases_of(known)[-1]
+        ledger = controller.ledger
+        held = ledger.committed(known) or ledger.leases_of(known)[-1]
         if (held.terms.ue, held.terms.intent, held.terms.request) != (ue, intent, request):
             raise Refusal("KEY_REUSED", "another request was made under this idempotency key")
         token = None
@@ -182,7 +187,14 @@ class Pager:
         wait_s = self._limiter.admit(tenant, controller.clock.now_ns())
         if wait_s is not None:
             raise Refusal("RATE_LIMITED", f"{tenant.name} asks too often", retry_after_s=wait_s)
-        held = controller.ledger.held_by(tenant.name)
+        self._check_request(tenant, intent, profile)
+        controller.check_lease(tenant, duration_ms)
+        controller.check_duration(profile, duration_ms)
+        return tenant
+
+    def _check_request(self, tenant: Tenant, intent: Intent | None, profile: QosProfile) -> None:
+        """Raise Refusal unless a tenant may have one more session like this."""
+        held = self._controller.ledger.held_by(tenant.name)
         breach = check_request(
             tenant.policy,
             task=None if intent is None else intent.task,
@@ -193,9 +205,6 @@ class Pager:
         )
         if breach is not None:
             raise Refusal(breach.what, breach.detail)
-        controller.check_lease(tenant, duration_ms)
-        controller.check_duration(profile, duration_ms)
-        return tenant
 
     # The transaction
 
@@ -248,6 +257,10 @@ class Pager:
         def serves(candidate: Candidate) -> bool:
             return again is None or candidate.service.aisi != again.not_aisi
 
+        def within_quota() -> None:
+            if again is None:
+                self._check_request(controller.tenant(page.tenant), intent, profile)
+
         for candidate in filter(serves, resolution.candidates):
             asked = ask(candidate)
             shortage = controller.reserve(asked.terms)
@@ -258,14 +271,16 @@ class Pager:
                 return await self._grant(asked, requested_ns)
             except _NotReadyError:
                 excluded.append(_excluded(candidate, "readiness", "did not say it is ready"))
+                within_quota()  # others have been served meanwhile
         if arp.preemption_capability:
             for candidate in filter(serves, (*resolution.candidates, *resolution.full)):
                 asked = ask(candidate)
                 if not (asked.ready or await self._asked(asked.terms)):
                     continue
-                victims = self._victims(asked.terms, arp)
-                if victims:
-                    return await self._grant_over(victims, asked, requested_ns)
+                within_quota()
+                granted = await self._preempt(asked, arp, requested_ns)
+                if granted is not None:
+                    return granted
         raise Refusal("NO_CANDIDATE", f"no anchor satisfies the intent for {intent.task}", excluded)
 
     def resolve(
@@ -306,14 +321,13 @@ class Pager:
         controller, terms = self._controller, asked.terms
         prepared = controller.prepare(terms)
         held, events = prepared.lease, prepared.events
-        sink = asked.sink_of_session()
         try:
             if not asked.ready:
-                await controller.committer.submit(Change(events, sink=sink))
+                await controller.committer.submit(Change(events))
                 if not await self._asked(terms):
                     await controller.abort(held)
                     raise _NotReadyError
-                held, events, sink = controller.ledger.lease(terms.lease_id), (), None
+                events = ()
             prepared_ns = controller.clock.now_ns()
             try:
                 granted = controller.commit(held, asked.expires(prepared_ns))
@@ -321,32 +335,45 @@ class Pager:
                 await controller.abort(held)
                 raise
             install = Install(granted.lease.binding())
-            change = Change([*events, *granted.events], [install], sink)
+            # With the COMMIT: what is rolled back leaves no sink behind.
+            change = Change([*events, *granted.events], [install], asked.sink_of_session())
             done = await controller.enforce_new(terms, change)
         finally:
             controller.unreserve(terms)
         return self._granted(granted.lease, asked, requested_ns, prepared_ns, done)
 
+    async def _preempt(self, asked: "_Ask", arp: Arp, requested_ns: int) -> Grant | None:
+        """Grant with the capacity of others; None if there are none whose capacity would do.
+
+        One at a time: what the one before takes must have ended before the next one counts.
+        """
+        async with self._controller.locks.hold(PREEMPTION):
+            victims = self._victims(asked.terms, arp)
+            if victims is None:
+                return None
+            return await self._grant_over(victims, asked, requested_ns)
+
     async def _grant_over(
         self, victims: Sequence[Session], asked: "_Ask", requested_ns: int
     ) -> Grant:
-        """Grant in place of leases of lower priority, whose locks nobody holds: one write."""
+        """Grant in place of leases of lower priority, whose locks nobody holds: one write.
+
+        They hold what they have until they have ended: the pools are overdrawn meanwhile, so that
+        nobody else takes it.
+        """
         controller, terms, now_ns = self._controller, asked.terms, self._controller.clock.now_ns()
+        ledger = controller.ledger
         async with controller.locks.hold(*(session.ue for session in victims)):
             revoke = lease.Revoke(EndReason.PREEMPTED)
-            leases = [
-                held
+            closing = controller.closing(
+                lease.step(held, revoke, now_ns)
                 for session in victims
-                for held in controller.ledger.leases_of(session)
+                for held in ledger.leases_of(session)
                 if held.state in (State.COMMITTED, State.DRAINING)
-            ]
-            closing = controller.closing([lease.step(held, revoke, now_ns) for held in leases])
-            pools = controller.ledger.pools
-            for held in leases:
-                pools.release(held.terms.lease_id)
+            )
+            ledger.pools.hold(terms.lease_id, terms.session_id, demand(terms))
+            ledger.expect(terms)
             try:
-                shortage = controller.reserve(terms)
-                assert shortage is None, "those were enough"
                 prepared = controller.prepare(terms)
                 granted = controller.commit(prepared.lease, asked.expires(now_ns))
                 change = Change(
@@ -357,13 +384,13 @@ class Pager:
                 done = await controller.enforce_new(terms, change)
             finally:
                 controller.unreserve(terms)
-                for held in leases:  # if it did not come about, they have it still
-                    if controller.ledger.lease(held.terms.lease_id).state is not State.ENDED:
-                        pools.hold(held.terms.lease_id, held.terms.session_id, demand(held.terms))
         return self._granted(granted.lease, asked, requested_ns, now_ns, done)
 
     def _victims(self, terms: Terms, arp: Arp) -> list[Session] | None:
-        """Return whose capacity would do, of those that nothing else happens to; None: nobody's."""
+        """Return whose capacity would do, of those that nothing else happens to; None: nobody's.
+
+        Empty: there is enough as things are.
+        """
         controller = self._controller
         ledger = controller.ledger
         holders = [
@@ -377,9 +404,9 @@ class Pager:
             if held.state is State.COMMITTED and not controller.locks.held(held.terms.ue)
         ]
         found = ledger.pools.victims(demand(terms), terms.session_id, arp.priority_level, holders)
-        if not found:
+        if found is None:
             return None
-        ids = {ledger.lease(lease_id).terms.session_id for lease_id in found}
+        ids = dict.fromkeys(ledger.lease(lease_id).terms.session_id for lease_id in found)
         return [session for session_id in ids if (session := ledger.session(session_id))]
 
     async def _asked(self, terms: Terms) -> bool:
@@ -389,7 +416,7 @@ class Pager:
     def _granted(
         self, held: Lease, asked: "_Ask", requested_ns: int, prepared_ns: int, done: Done
     ) -> Grant:
-        self._controller.changed()
+        self._controller.granted(held)
         return Grant(
             lease=held,
             token=None if held.terms.anchor is None else self._controller.issuer.issue(held),

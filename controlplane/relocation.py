@@ -6,13 +6,15 @@ for the UE. If the source has died there is nothing to keep: the session is anch
 recovery and is called so. If no anchor of its service is left, the intent is paged for anew.
 """
 
+from collections.abc import Awaitable
+
 from controlplane import lease
 from controlplane.answers import Grant, Refusal, Timeline
 from controlplane.clock import NS_PER_MS
 from controlplane.committer import Change, Done
 from controlplane.controller import Controller
 from controlplane.enforcement import Install, Move, Revoke
-from controlplane.lease import Effect, EndReason, Lease, LeaseError, Outcome, State
+from controlplane.lease import Effect, EndReason, Lease, Outcome, State
 from controlplane.ledger import Session
 from controlplane.measured import KIND_OF_TRIGGER
 from controlplane.metrics import Transaction
@@ -21,6 +23,7 @@ from controlplane.policy import Arp
 from controlplane.resolver import Candidate, Resolution
 from controlplane.triggers import Trigger, should_move
 
+MOVED = "SESSION_MOVED"  # the cause of a refusal
 BETTER = "better"  # as a target: only to where it is better
 
 
@@ -43,43 +46,84 @@ class Relocator:
 
         Raises Refusal; the session is as it was then, unless the kernel refused.
         """
-        work = self._relocate(session_id, target, trigger, break_before_make)
+        if break_before_make and not self._controller.settings.allow_break_before_make:
+            raise Refusal("NOT_ALLOWED", "break-before-make exists for experiments only")
+        work = self._relocate(session_id, target, trigger, break_before_make, None)
+        return await self._measured(trigger, work, session_id)
+
+    async def recover(self, held: Lease) -> Grant:
+        """Anchor a session anew whose lease is at a dead anchor.
+
+        Raises Refusal if nothing can serve it, or it has another lease by now.
+        """
+        return await self._measured(Trigger.FAILURE, self._recover(held), held.terms.session_id)
+
+    async def leave(self, held: Lease, trigger: Trigger, otherwise: EndReason | None) -> None:
+        """Move a session away from where it must not stay: relocate, or page anew.
+
+        Where neither works it ends for the reason `otherwise`; None: it stays while it can.
+        Nothing happens if it has another lease by now. Raises Refusal.
+        """
+        session_id = held.terms.session_id
+        try:
+            work = self._relocate(session_id, None, trigger, False, held)
+            await self._measured(trigger, work, session_id)
+        except Refusal as refusal:
+            if refusal.cause in (MOVED, "SESSION_ENDED", "SESSION_UNKNOWN", "ENFORCEMENT_FAILED"):
+                return
+            async with self._controller.locks.hold(held.terms.ue):
+                session = self._still(held)
+                await self._page_again(session, otherwise, trigger)
+
+    async def _measured(self, trigger: Trigger, work: Awaitable[Grant], session_id: str) -> Grant:
         kind = KIND_OF_TRIGGER.get(trigger, Transaction.RELOCATION_PLANNED)
         return await self._controller.measured.run(kind, work, session_id=session_id)
 
-    async def recover(self, session_id: str, trigger: Trigger = Trigger.FAILURE) -> Grant:
-        """Anchor a session anew whose anchor is dead. Raises Refusal if nothing can serve it."""
-        kind, work = Transaction.RELOCATION_RECOVERY, self._recover(session_id, trigger)
-        return await self._controller.measured.run(kind, work, session_id=session_id)
+    def _still(self, held: Lease) -> Session:
+        """Return the session of a lease that is still the one it has. Raises Refusal."""
+        now = self._controller.committed(held.terms.session_id)
+        if now.terms.lease_id != held.terms.lease_id:
+            raise Refusal(MOVED, f"the session has moved to {now.terms.anchor} meanwhile")
+        return self._controller.session(held.terms.session_id)
 
     async def _relocate(
-        self, session_id: str, target: str | None, trigger: Trigger, break_before_make: bool
+        self,
+        session_id: str,
+        target: str | None,
+        trigger: Trigger,
+        break_before_make: bool,
+        only_from: Lease | None,
     ) -> Grant:
         controller = self._controller
         requested_ns = controller.clock.now_ns()
-        if break_before_make and not controller.settings.allow_break_before_make:
-            raise Refusal("NOT_ALLOWED", "break-before-make exists for experiments only")
-        session = controller.session(session_id)
-        async with controller.locks.hold(session.ue):
+        async with controller.locks.hold(controller.session(session_id).ue):
+            if only_from is not None:
+                self._still(only_from)
             source = controller.committed(session_id)
             resolution, candidates = self._targets(source, target)
-            shortages = []
+            refusals = []
             for candidate in candidates:
                 prepared = self._prepare(source, candidate, trigger)
                 shortage = controller.reserve(prepared.lease.terms)
-                if shortage is None:
+                if shortage is not None:
+                    refusals.append(Refusal("NO_CANDIDATE", str(shortage), resolution.excluded))
+                    continue
+                try:
                     return await self._move(
                         source, prepared, resolution, requested_ns, break_before_make
                     )
-                shortages.append(str(shortage))
-            raise Refusal("NO_CANDIDATE", "; ".join(shortages), resolution.excluded)
+                except Refusal as refusal:
+                    if refusal.cause != "ANCHOR_NOT_READY" or break_before_make:
+                        raise
+                    refusals.append(refusal)
+            raise refusals[-1]
 
-    async def _recover(self, session_id: str, trigger: Trigger) -> Grant:
-        controller = self._controller
+    async def _recover(self, dead: Lease) -> Grant:
+        controller, trigger = self._controller, Trigger.FAILURE
         requested_ns = controller.clock.now_ns()
-        session = controller.session(session_id)
-        async with controller.locks.hold(session.ue):
-            source = controller.committed(session_id)
+        async with controller.locks.hold(dead.terms.ue):
+            session = self._still(dead)
+            source = controller.committed(session.session_id)
             try:
                 resolution, candidates = self._targets(source, None)
             except Refusal:
@@ -111,21 +155,6 @@ class Relocator:
                     controller.unreserve(terms)
                 return self._granted(granted, resolution, requested_ns, prepared_ns, done)
             return await self._page_again(session, EndReason.ANCHOR_FAILED, trigger)
-
-    async def leave(self, session_id: str, trigger: Trigger, otherwise: EndReason | None) -> None:
-        """Move a session away from where it must not stay: relocate, or page anew.
-
-        Where neither works it ends for the reason `otherwise`; None: it stays while it can.
-        """
-        try:
-            await self.relocate(session_id, trigger=trigger)
-        except Refusal as refusal:
-            if refusal.cause in ("SESSION_ENDED", "SESSION_UNKNOWN", "ENFORCEMENT_FAILED"):
-                return
-            session = self._controller.session(session_id)
-            async with self._controller.locks.hold(session.ue):
-                if self._controller.ledger.committed(session) is not None:
-                    await self._page_again(session, otherwise, trigger)
 
     # Steps
 
@@ -207,6 +236,8 @@ class Relocator:
                 raise Refusal("ANCHOR_NOT_READY", f"{terms.anchor} is not ready")
             prepared_ns = controller.clock.now_ns()
             try:
+                if source.deadline_ns <= prepared_ns:
+                    raise Refusal("SESSION_ENDED", "it expired while the target got ready")
                 granted = controller.commit(prepared.lease, source.deadline_ns)
                 change = self._flip(granted, source, prepared_ns, break_before_make)
             except Refusal:
@@ -223,10 +254,7 @@ class Relocator:
         if break_before_make:
             return Change(granted.events, [Install(granted.lease.binding())])
         drain_until_ns = now_ns + self._controller.settings.drain_ms * NS_PER_MS
-        try:
-            drained = lease.step(source, lease.Supersede(drain_until_ns), now_ns)
-        except LeaseError as error:  # it expired while the target got ready
-            raise Refusal("SESSION_ENDED", str(error)) from error
+        drained = lease.step(source, lease.Supersede(drain_until_ns), now_ns)
         assert Effect.DRAIN in drained.effects
         flip = Move(granted.lease.binding(), source.binding(), drained.lease.deadline_ns)
         return Change([*granted.events, *drained.events], [flip])
@@ -253,7 +281,7 @@ class Relocator:
         prepared_ns: int,
         done: Done,
     ) -> Grant:
-        self._controller.changed()
+        self._controller.granted(granted.lease)
         return Grant(
             lease=granted.lease,
             token=self._controller.issuer.issue(granted.lease),

@@ -94,7 +94,7 @@ class SqliteStore:
                 )
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            self._roll_back()
+            self._roll_back(error)
             raise StoreError(_why(self.path, error)) from error
         self._size += len(write.lines)
 
@@ -155,13 +155,22 @@ class SqliteStore:
                 raise StoreError(f"{self.path}: has become shorter")
             yield [row[0] for row in rows]
 
-    def _roll_back(self) -> None:
-        """Leave the file as it was; if that fails, nobody knows how it is."""
+    def _roll_back(self, cause: sqlite3.Error) -> None:
+        """Leave the file as it was; if that fails, nobody knows how it is.
+
+        Nor does anybody if the device failed: what could not be synced may be there nevertheless.
+        """
+        self._broken = _primary(cause) == sqlite3.SQLITE_IOERR
         try:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
         except sqlite3.Error:
             self._broken = True
+
+
+def _primary(error: sqlite3.Error) -> int:
+    """Return SQLite's primary result code; 0 if the error is not from there."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _why(path: Path, error: Exception) -> str:

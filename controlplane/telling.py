@@ -3,7 +3,7 @@
 Notices are made before the event is durable and become durable with it; the stream is fed after.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from controlplane import notifications
@@ -54,6 +54,9 @@ class Teller:
         self._clock = clock
         self._api_root = api_root
         self._with_sink = set(with_sink)
+        self._unsure: set[str] = (
+            set()
+        )  # sessions that began or ended with the last write, if it was
 
     def notices(
         self, events: Sequence[Record], first: int, new_sinks: Iterable[str]
@@ -62,27 +65,37 @@ class Teller:
 
         None of the events has been folded yet. `new_sinks`: sessions whose sink it brings.
         """
-        self._with_sink.update(new_sinks)
+        for session_id in self._unsure:
+            session = self._ledger.session(session_id)
+            if session is None or not session.live:
+                self._with_sink.discard(session_id)
+        self._unsure = set(new_sinks)
+        self._with_sink |= self._unsure
         if not self._with_sink:
             return []
         fresh = {e.terms.lease_id: e.terms for e in events if isinstance(e, Prepared)}
-        granted = {e.lease_id for e in events if isinstance(e, Committed)}
+        granted = {
+            self._terms(e.lease_id, fresh).session_id for e in events if isinstance(e, Committed)
+        }
         at_unix_ns = self._clock.to_unix_ns(self._clock.now_ns())
         notices: list[Notice] = []
         for index, event in enumerate(events, start=first):
             if not isinstance(event, Committed | Renewed | Ended):
                 continue
-            held = self._ledger.find_lease(event.lease_id)
-            terms = fresh[event.lease_id] if held is None else held.terms
+            terms = self._terms(event.lease_id, fresh)
             if terms.session_id not in self._with_sink:
                 continue
             if isinstance(event, Ended):
-                if held is None or held.state is not State.COMMITTED:
+                if self._ledger.lease(event.lease_id).state is not State.COMMITTED:
                     continue  # a drain, or a preparation: the session goes on
-                if any(fresh.get(new, terms).session_id == terms.session_id for new in granted):
+                if terms.session_id in granted:
                     continue  # it was anchored anew
             notices += self._of(event, terms, index, at_unix_ns)
         return notices
+
+    def _terms(self, lease_id: str, fresh: Mapping[str, Terms]) -> Terms:
+        """Return the terms of a lease, of which `fresh` are not folded yet."""
+        return fresh[lease_id] if lease_id in fresh else self._ledger.lease(lease_id).terms
 
     def _of(
         self, event: Committed | Renewed | Ended, terms: Terms, index: int, at_unix_ns: int
@@ -124,7 +137,7 @@ class Teller:
             camara = notifications.qos_status_changed(**common, **status)
             over = status["status"] is QosStatus.UNAVAILABLE
             if over:
-                self._with_sink.discard(terms.session_id)
+                self._unsure.add(terms.session_id)
             yield Notice(terms.session_id, notifications.encode(camara), at_unix_ns, over)
 
 

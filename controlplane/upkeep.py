@@ -25,10 +25,12 @@ from controlplane.lease import EndReason, Lease, State
 from controlplane.ledger import demand
 from controlplane.policy import Policy, check_anchor, check_request
 from controlplane.relocation import BETTER, Relocator
+from controlplane.resolver import AnchorState
 from controlplane.store import StoreError
 from controlplane.triggers import Trigger, Triggers
 
 PROBE_NS = 1_000 * NS_PER_MS  # between questions to a failed anchor that sends no heartbeats
+LOOK_NS = 3_600 * NS_PER_S  # between looks at every session; sooner if something went wrong
 MAX_WAIT_S = 60.0
 RETRY_S = 0.1
 MAX_ENDING = 256  # leases that end in one change
@@ -57,7 +59,9 @@ class Keeper:
         self._moving = asyncio.Semaphore(MAX_MOVING)
         self._tasks: set[asyncio.Task[None]] = set()
         self._probe_ns = 0  # when failed anchors are asked next
+        self._look_ns = 0  # when every session is looked at next: did it get what it is due?
         controller.changed = self._changed.set
+        controller.granted = self._granted
         controller.refused = self._refused
 
     async def run(self) -> None:
@@ -77,8 +81,10 @@ class Keeper:
                     async with asyncio.timeout(max(wait_s, 0)):
                         await self._changed.wait()
         finally:
-            for task in self._tasks:
+            tasks = list(self._tasks)
+            for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     # What others report
 
@@ -90,7 +96,7 @@ class Keeper:
         if events:
             await self.record(events)
         for pressure in self._triggers.heartbeat(anchor, heartbeat, now_ns):
-            sessions = self._sessions_at(anchor)
+            sessions = [held.terms.session_id for held in self._leases_at(anchor)]
             for session_id in self._triggers.choose(pressure, sessions, now_ns):
                 self._start(self._move(session_id, pressure.trigger))
         if not monitored:
@@ -115,22 +121,44 @@ class Keeper:
         async with controller.locks.hold(ue):
             if controller.cell(ue) == cell:
                 return
-            outcomes = []
-            now_ns = controller.clock.now_ns()
-            for session in ledger.sessions(ue=ue):
-                live = [h for h in ledger.leases_of(session) if h.state in OPEN]
-                if live and ledger.pools.shortage(
-                    session.session_id, replace(demand(live[-1].terms), cell=cell, anchor=None)
-                ):
-                    revoke = lease.Revoke(EndReason.CELL_FULL)
-                    outcomes += [lease.step(held, revoke, now_ns) for held in live]
-            closing = controller.closing(outcomes)
-            events = [*closing.events, UeMoved(ue, cell)]
-            await controller.committer.submit(Change(events, closing.operations))
+            await self._hand_over(ue, cell)
         sessions = [session.session_id for session in ledger.sessions(ue=ue)]
         for session_id in self._triggers.handover(sessions, controller.clock.now_ns()):
             self._start(self._move(session_id, Trigger.HANDOVER))
         self._changed.set()
+
+    async def _hand_over(self, ue: str, cell: str) -> None:
+        """Move what a UE's sessions hold to another cell; those that have no room there end.
+
+        The most important are served first. What they take is reserved until it is theirs.
+        """
+        controller, ledger = self._controller, self._controller.ledger
+        now_ns = controller.clock.now_ns()
+        outcomes: list[lease.Outcome] = []
+        reserved: list[str] = []
+        open_leases = [
+            live
+            for session in ledger.sessions(ue=ue)
+            if (live := [held for held in ledger.leases_of(session) if held.state in OPEN])
+        ]
+        open_leases.sort(key=lambda live: live[-1].terms.priority_level)
+        try:
+            for live in open_leases:
+                terms = live[-1].terms
+                needs = replace(demand(terms), cell=cell, anchor=None)
+                place = f"handover:{terms.session_id}"
+                if ledger.pools.try_reserve(place, terms.session_id, needs) is None:
+                    reserved.append(place)
+                else:
+                    revoke = lease.Revoke(EndReason.CELL_FULL)
+                    outcomes += [lease.step(held, revoke, now_ns) for held in live]
+            closing = controller.closing(outcomes)
+            await controller.submit(
+                Change([*closing.events, UeMoved(ue, cell)], closing.operations)
+            )
+        finally:
+            for place in reserved:
+                ledger.pools.release(place)
 
     async def set_policy(self, tenant: str, policy: Policy) -> None:
         """Give a tenant another policy; sessions that it does not allow are moved, or end."""
@@ -138,7 +166,7 @@ class Keeper:
         for session in self._controller.ledger.sessions(tenant=tenant):
             held = self._controller.ledger.committed(session)
             if held is not None:
-                self._start(self._check_policy(held, policy))
+                self._look(held)
 
     # Rounds
 
@@ -146,19 +174,33 @@ class Keeper:
         """Do what is due; return how long there is nothing to do, s."""
         controller = self._controller
         ledger, clock = controller.ledger, controller.clock
-        await controller.repair()
+        waits_ns = [int(MAX_WAIT_S * NS_PER_S)]
+        try:
+            await controller.repair()
+        except EnforcementError as error:
+            log.error("upkeep: %s", error)
+            waits_ns.append(int(RETRY_S * NS_PER_S))
         now_ns = clock.now_ns()
+        if now_ns >= self._look_ns:
+            self._look_ns = now_ns + LOOK_NS
+            for held in ledger.live():
+                self._look(held)
         failed = ledger.fleet.check(now_ns)
         if failed:
             await self.record(failed)
         now_ns = clock.now_ns()
         due = ledger.deadlines.due(now_ns)
+        for held in due:
+            ledger.deadlines.watch(held, now_ns)  # until it ends
         soon = [held for held in due if held.deadline_ns > now_ns]
         if soon:
-            await self._count(soon, now_ns)
+            try:
+                await controller.committer.sample(soon)
+            except EnforcementError as error:
+                log.error("upkeep: no counts: %s", error)
         over = [held for held in due if held.deadline_ns <= now_ns]
         if over:
-            await self._expire(over, now_ns)
+            await self._expire(over)
         ledger.forget(clock.now_ns())
         for session_id in self._triggers.due(clock.now_ns()):
             self._start(self._move(session_id, Trigger.HANDOVER))
@@ -167,8 +209,8 @@ class Keeper:
             self._probe_ns = clock.now_ns() + PROBE_NS
             for anchor in to_probe:
                 self._start(self._probe(anchor))
-        waits_ns = [int(MAX_WAIT_S * NS_PER_S)]
         now_ns = clock.now_ns()
+        waits_ns.append(self._look_ns - now_ns)
         if (attention_ns := ledger.deadlines.next_ns()) is not None:
             waits_ns.append(attention_ns - now_ns)
         if (check_ns := ledger.fleet.next_check_ns) is not None:
@@ -179,27 +221,19 @@ class Keeper:
             waits_ns.append(self._probe_ns - now_ns)
         return min(waits_ns) / NS_PER_S
 
-    async def _count(self, leases: list[Lease], now_ns: int) -> None:
-        """Read the counts of what is about to expire."""
-        await self._controller.committer.sample(leases)
-        for held in leases:
-            self._controller.ledger.deadlines.watch(held, now_ns)
-
-    async def _expire(self, leases: list[Lease], now_ns: int) -> None:
+    async def _expire(self, leases: list[Lease]) -> None:
         """End leases that are due: the kernel has closed them by then, their slots become free."""
         ledger, locks = self._controller.ledger, self._controller.locks
-        ready = []
-        for held in leases:
-            if locks.held(held.terms.ue):  # a transaction of its UE is under way: next round
-                ledger.deadlines.watch(held, now_ns)
-            else:
-                ready.append(held)
-        for start in range(0, len(ready), MAX_ENDING):
-            part = ready[start : start + MAX_ENDING]
+        for start in range(0, len(leases), MAX_ENDING):
+            # Where a transaction of the UE is under way, it is tried again soon.
+            part = [
+                held for held in leases[start : start + MAX_ENDING] if not locks.held(held.terms.ue)
+            ]
             async with locks.hold(*(held.terms.ue for held in part)):
-                live = [ledger.lease(held.terms.lease_id) for held in part]
-                over = [held for held in live if held.state is not State.ENDED]
-                await self._controller.end(over, lease.Tick())
+                now = [ledger.lease(held.terms.lease_id) for held in part]
+                over = [held for held in now if held.state is not State.ENDED]
+                if over:
+                    await self._controller.end(over, lease.Tick())
 
     # Anchors
 
@@ -232,14 +266,14 @@ class Keeper:
         if trigger is None:
             return
         assert not isinstance(event, AnchorRegistered)
-        for session_id in self._sessions_at(event.name):
+        for held in self._leases_at(event.name):
             if isinstance(event, AnchorFailed):
-                self._start(self._recover(session_id, trigger))
+                self._start(self._recover(held))
             else:
-                self._start(self._relocator.leave(session_id, trigger, None))
+                self._start(self._relocator.leave(held, trigger, None))
 
-    async def _recover(self, session_id: str, trigger: Trigger) -> None:
-        grant = await self._relocator.recover(session_id, trigger)
+    async def _recover(self, held: Lease) -> None:
+        grant = await self._relocator.recover(held)
         self._triggers.moved(grant.lease.terms.session_id, self._controller.clock.now_ns())
 
     async def _move(self, session_id: str, trigger: Trigger) -> None:
@@ -249,21 +283,41 @@ class Keeper:
 
     async def _check_policy(self, held: Lease, policy: Policy) -> None:
         terms = held.terms
-        task = None if terms.intent is None else terms.intent.task
         session = self._controller.session(terms.session_id)
-        if check_request(policy, task=task, qos_profile=terms.qos_profile, live_sessions=0):
+        if _forbidden(terms, policy):
             async with self._controller.locks.hold(terms.ue):
                 await self._controller.take_back(session, EndReason.POLICY)
-            return
-        if terms.anchor is None:
-            return
-        anchor = self._controller.ledger.fleet.anchor(terms.anchor)
-        if anchor is not None and check_anchor(policy, anchor):
-            await self._relocator.leave(terms.session_id, Trigger.POLICY, EndReason.POLICY)
+        else:
+            await self._relocator.leave(held, Trigger.POLICY, EndReason.POLICY)
 
-    def _sessions_at(self, anchor: str) -> list[str]:
+    def _granted(self, held: Lease) -> None:
+        """Take it that a lease was granted; what it was decided on may have changed meanwhile."""
+        self._changed.set()
+        self._look(held)
+
+    def _look(self, held: Lease) -> None:
+        """Start what must happen to a session that cannot stay where it is."""
+        terms, ledger = held.terms, self._controller.ledger
+        if held.state is not State.COMMITTED:
+            return
+        state = AnchorState.UP if terms.anchor is None else ledger.fleet.state(terms.anchor)
+        policy = ledger.policies.get(terms.tenant)
+        if state is AnchorState.DOWN:
+            self._start(self._recover(held))
+        elif policy is not None and (_forbidden(terms, policy) or self._misplaced(terms, policy)):
+            self._start(self._check_policy(held, policy))
+        elif state is not AnchorState.UP:  # it drains, or is offered no more
+            self._start(self._relocator.leave(held, Trigger.DRAIN, None))
+
+    def _misplaced(self, terms: lease.Terms, policy: Policy) -> bool:
+        anchor = (
+            None if terms.anchor is None else self._controller.ledger.fleet.anchor(terms.anchor)
+        )
+        return anchor is not None and check_anchor(policy, anchor) is not None
+
+    def _leases_at(self, anchor: str) -> list[Lease]:
         return [
-            held.terms.session_id
+            held
             for held in self._controller.ledger.at_anchor(anchor)
             if held.state is State.COMMITTED
         ]
@@ -281,3 +335,12 @@ class Keeper:
                 log.warning("upkeep: %s: %s", refusal.cause, refusal)
             except (StoreError, EnforcementError) as error:
                 log.error("upkeep: %s", error)
+                self._look_ns = self._controller.clock.now_ns() + PROBE_NS
+                self._changed.set()
+
+
+def _forbidden(terms: lease.Terms, policy: Policy) -> bool:
+    """Whether a tenant may not have such a session any more."""
+    task = None if terms.intent is None else terms.intent.task
+    breach = check_request(policy, task=task, qos_profile=terms.qos_profile, live_sessions=0)
+    return breach is not None
