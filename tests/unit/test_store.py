@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 from histories import EVERYTHING, T0, Watch, lines
@@ -150,11 +151,11 @@ def write_for_ever(path: Path, say: Callable[[int], object]) -> None:
 
 
 class Writer:
-    """Another process that writes until it is killed."""
+    """Another process that writes until it is killed, at the latest at the end of the context."""
 
     def __init__(self, path: Path) -> None:
         read, write = os.pipe()
-        self._pid = os.fork()
+        self._pid: int | None = os.fork()
         if self._pid == 0:
             with suppress(BaseException):
                 write_for_ever(path, lambda size: os.write(write, b"%d\n" % size))
@@ -162,25 +163,33 @@ class Writer:
         os.close(write)
         self.says = os.fdopen(read, "rb")
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill()
+        self.says.close()
+
     def kill(self) -> list[int]:
         """Kill it and return what it had said that was not read yet."""
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
-        with self.says:
-            return [int(line) for line in self.says]
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = None
+        return [int(line) for line in self.says]
 
 
 def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
     """Killed at any instant: every acknowledged write is there, and any other one whole or not."""
     chance, acknowledged = random.Random(5), 0
     for _ in range(KILLS):
-        writer = Writer(path)
-        found = int(writer.says.readline())
-        assert found in (acknowledged, acknowledged + PER_WRITE)
-        for _ in range(chance.randrange(4)):
+        with Writer(path) as writer:
             found = int(writer.says.readline())
-        time.sleep(chance.random() * 0.003)  # anywhere within the writes to come
-        acknowledged = [found, *writer.kill()][-1]
+            assert found in (acknowledged, acknowledged + PER_WRITE)
+            for _ in range(chance.randrange(4)):
+                found = int(writer.says.readline())
+            time.sleep(chance.random() * 0.003)  # anywhere within the writes to come
+            acknowledged = [found, *writer.kill()][-1]
     with closing(SqliteStore(path)) as store:
         read = list(EvidenceLog(store, UTC_CLOCK).replay())
         assert len(read) in (acknowledged, acknowledged + PER_WRITE)
@@ -200,9 +209,8 @@ def test_another_process_is_refused(path: Path) -> None:
         store.write(Write(LINES[:1]))
         with pytest.raises(StoreError, match=r"control\.db: another controller is using it"):
             SqliteStore(path)
-        other = Writer(path)
-        assert other.says.readline() == b""  # it never came so far
-        assert other.kill() == []
+        with Writer(path) as other:
+            assert other.says.readline() == b""  # it never came so far
         store.write(Write(LINES[1:]))
     assert kept(path) == LINES
 
