@@ -247,10 +247,10 @@ class Committer:
         sinks = [waiting.change.sink for waiting in batch if waiting.change.sink is not None]
         notices = self._tell(events, first, [sink.session_id for sink in sinks])
         encoded_ns = time.monotonic_ns()
-        await self._log.append(events, notices, sinks)
+        now_ns = self._clock.now_ns()  # what the entries bear, and a replay will tell
+        await self._log.append(events, notices, sinks, now_ns)
         written_ns = time.monotonic_ns()
         self._acknowledged = []
-        now_ns = self._clock.now_ns()
         for event in events:
             self._ledger.fold(event, now_ns)
             if isinstance(event, Ended):

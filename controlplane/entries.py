@@ -50,9 +50,12 @@ class Chain:
         self._previous: bytes | None = NO_ENTRY  # None: unknown
         self._next = 0
 
-    def lines(self, events: Sequence[Record]) -> list[bytes]:
-        """Return the entries of events that happen now; the chain does not change."""
-        at = rfc3339(self._clock.to_unix_ns(self._clock.now_ns()))
+    def lines(self, events: Sequence[Record], now_ns: int | None = None) -> list[bytes]:
+        """Return the entries of events that happen at `now_ns`; the chain does not change.
+
+        `now_ns`: CLOCK_MONOTONIC; the present if not given.
+        """
+        at = rfc3339(self._clock.to_unix_ns(self._clock.now_ns() if now_ns is None else now_ns))
         previous = self._previous
         assert previous is not None
         lines = []

@@ -65,10 +65,14 @@ class EvidenceLog:
                 yield Entry(members["index"], at_ns, codec.decode(members))
 
     async def append(
-        self, events: Sequence[Record], notices: Sequence[Notice] = (), sinks: Sequence[Sink] = ()
+        self,
+        events: Sequence[Record],
+        notices: Sequence[Notice] = (),
+        sinks: Sequence[Sink] = (),
+        now_ns: int | None = None,
     ) -> None:
-        """Write events and return when they are durable: one write, one sync."""
-        lines = self._chain.lines(events)
+        """Write events that happen at `now_ns`, and return when they are durable: one sync."""
+        lines = self._chain.lines(events, now_ns)
         await self.store.append(Write(lines, notices, sinks))
         for line in lines:
             self._chain.add(line)

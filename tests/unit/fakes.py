@@ -1,41 +1,56 @@
-"""A control plane in one process: real journal, fake time, fake user plane, fake anchors."""
+"""A control plane in one process: the real service, fake time, fake user plane, fake anchors.
+
+`World` is all of it. Its event loop has fake time too: where everything waits, time passes at once,
+so that nothing here ever sleeps. Work can be held up (`Gate`) on its way to the disk, to the kernel
+and to anchors. Store, kernel and clock outlive the control plane.
+"""
 
 import asyncio
+import functools
+import inspect
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+from unittest.mock import Mock, patch
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from fake_parts import FakeEnforcer, FakeGateway, FakeOutbox, FileStore, MemoryStore
+from fake_time import FakeClock, FakeTimeLoop, Gate
 
+from controlplane import canonical
+from controlplane.admission import Rates
+from controlplane.answers import Grant
 from controlplane.catalogue import Catalogue
-from controlplane.clock import NS_PER_MS
 from controlplane.configfile import parse_yaml
-from controlplane.controller import Controller, Settings, Subscriber
-from controlplane.enforcement import (
-    Binding,
-    EndDrain,
-    Enforced,
-    EnforcementError,
-    Flow,
-    Install,
-    Move,
-    Operation,
-    Reconciliation,
-    Renew,
-    Revoke,
-    StaleEpochError,
-    Usage,
-)
-from controlplane.evidence import Journal
-from controlplane.lease import Event
-from controlplane.ledger import Ledger
+from controlplane.controller import Settings, Subscriber
+from controlplane.enforcement import EnforcementError, Flow, Install, Move, Operation, Renew
+from controlplane.fleet import Heartbeat
+from controlplane.intent import Intent
+from controlplane.keys import KeyRing
+from controlplane.lease import Lease
+from controlplane.paging import Page, QosRequest, SinkRequest
+from controlplane.policy import Policy, Tenant, Tenants
+from controlplane.service import Network, Options, Service
+from controlplane.triggers import TriggerSettings
+from controlplane.verification import Verdict, verify_log
 
 KEY = Ed25519PrivateKey.generate()
 PREPARE_MS, DRAIN_MS = 2_000, 100
+TASK = "text-generation"
+MBPS = 1_000_000
 CATALOGUE = """
-qos_profiles: [{name: QOS_E, guaranteed_share: 0.5}, {name: BEST_EFFORT}]
+qos_profiles:
+  - {name: QOS_E, guaranteed_share: 0.5, max_duration_s: 3600}
+  - {name: QOS_G, guaranteed_downlink_bps: 4000000, guaranteed_uplink_bps: 1000000,
+     min_duration_s: 5, max_duration_s: 120}
+  - {name: QOS_P, guaranteed_downlink_bps: 4000000, priority_level: 2,
+     preemption_capability: true, preemption_vulnerability: false}
+  - {name: QOS_OFF, status: INACTIVE}
 services:
   - {aisi: chat, task: text-generation, model: tokens-1,
      address4: 198.18.0.1, address6: "fd00:a151::1", port: 8000}
@@ -49,7 +64,11 @@ anchors:
   - {name: cloud, region: south, trust_tier: 1, slots: 3, cost: 50, path_rtt_ms: 40,
      hosts: [{aisi: chat, service_time_ms: 10}]}
 """
-UES = ("ue1", "ue2", "ue3", "ue4")
+UES = tuple(f"ue{n}" for n in range(1, 9))
+CELLS = {"gnb1": Rates(10 * MBPS, 10 * MBPS), "gnb2": Rates(5 * MBPS, 5 * MBPS)}
+_FOLDER = tempfile.TemporaryDirectory()
+KEYS = KeyRing.open(Path(_FOLDER.name) / "keys", 1)
+_KEPT = 100 * 365 * 86_400  # the key is not rotated
 
 
 def catalogue(text: str = CATALOGUE) -> Catalogue:
@@ -58,253 +77,298 @@ def catalogue(text: str = CATALOGUE) -> Catalogue:
 
 def subscribers() -> list[Subscriber]:
     return [
-        Subscriber(ue, IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n}"))
+        Subscriber(ue, IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n}"), "gnb1")
         for n, ue in enumerate(UES, start=1)
     ]
 
 
-class FakeClock:
-    """Has the interface of `controlplane.clock.Clock`; stands still until told."""
-
-    def __init__(self) -> None:
-        self.now = 5_000_000_000
-        self.offset = 1_760_000_000_123_456_789
-
-    def advance(self, ms: float) -> None:
-        self.now += int(ms * NS_PER_MS)
-
-    def now_ns(self) -> int:
-        return self.now
-
-    def to_unix_ns(self, monotonic_ns: int) -> int:
-        return monotonic_ns + self.offset
-
-    def from_unix_ns(self, unix_ns: int) -> int:
-        return unix_ns - self.offset
-
-
-class FakeEnforcer:
-    """A user plane that keeps its promises as the kernel does: by flow, atomic, with deadlines.
-
-    Like the kernel it survives the controller. `refuse` is asked about each batch. Each applied
-    batch is entered in `applied` and `trace`.
-    """
-
-    def __init__(self, clock: FakeClock, trace: list[str]) -> None:
-        self._clock = clock
-        self._trace = trace
-        self._steer: dict[Flow, Binding] = {}
-        self._drain: dict[Flow, dict[str, int]] = {}  # lease -> until
-        self._epoch: dict[Flow, int] = {}
-        self.applied: list[tuple[Operation, ...]] = []
-        self.refuse: Callable[[Sequence[Operation]], bool] = lambda operations: False
-        self.before: Callable[[Sequence[Operation]], None] = lambda operations: None
-
-    # What a test looks at: lease -> deadline, of those that still run
-
-    def steering(self) -> dict[str, int]:
-        live = [b for b in self._steer.values() if b.expires_ns > self._clock.now]
-        assert all(self._steer.get(flow) == b for b in live for flow in b.flows), "half a lease"
-        return {binding.lease_id: binding.expires_ns for binding in live}
-
-    def anchors(self) -> dict[str, str]:
-        """Which anchor each UE address is steered to, by `ue>service`."""
-        return {
-            f"{flow.ue}>{flow.service}": binding.anchor
-            for flow, binding in self._steer.items()
-            if binding.expires_ns > self._clock.now
-        }
-
-    def drains(self) -> dict[str, int]:
-        return {
-            lease_id: until
-            for drains in self._drain.values()
-            for lease_id, until in drains.items()
-            if until > self._clock.now
-        }
-
-    def epochs(self) -> dict[Flow, int]:
-        return dict(self._epoch)
-
-    # Enforcer
-
-    def apply(self, operations: Sequence[Operation]) -> None:
-        if not operations:
-            return
-        self.before(operations)
-        if self.refuse(operations):
-            self._trace.append("refused")
-            raise EnforcementError("the kernel said no")
-        kept = dict(self._steer), {f: dict(d) for f, d in self._drain.items()}, dict(self._epoch)
-        try:
-            for operation in operations:
-                self._one(operation)
-        except EnforcementError:
-            self._steer, self._drain, self._epoch = kept
-            raise
-        self.applied.append(tuple(operations))
-        self._trace.append("+".join(type(operation).__name__ for operation in operations))
-
-    def enforced(self) -> list[Enforced]:
-        return [
-            Enforced(
-                lease_id=binding.lease_id,
-                epoch=binding.epoch,
-                flow=flow,
-                anchor=binding.anchor,
-                remaining_ms=(binding.expires_ns - self._clock.now) // NS_PER_MS,
-                usage=Usage(
-                    uplink_packets=1, uplink_bytes=64, downlink_packets=2, downlink_bytes=128
-                ),
-            )
-            for flow, binding in self._steer.items()
-            if binding.expires_ns > self._clock.now
-        ]
-
-    def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
-        wanted: dict[Flow, Binding] = {}
-        for binding in live:
-            for flow in binding.flows:
-                assert flow not in wanted, f"two leases for {flow}"
-                assert binding.epoch >= self._epoch.get(flow, 0), "an epoch went back"
-                wanted[flow] = binding
-                self._epoch[flow] = binding.epoch
-        before = {b.lease_id for b in self._steer.values() if b.expires_ns > self._clock.now}
-        after = {b.lease_id for b in wanted.values()}
-        self._steer = wanted
-        self._drain = {flow: drains for flow, drains in self._drain.items() if flow in wanted}
-        self._trace.append("reconcile")
-        return Reconciliation(
-            adopted=tuple(sorted(before & after)),
-            installed=tuple(sorted(after - before)),
-            removed=tuple(sorted(before - after)),
-        )
-
-    def drops(self) -> dict[str, int]:
-        return {"no_lease_uplink": 3}
-
-    def _one(self, operation: Operation) -> None:
-        match operation:
-            case Install(new) | Move(new, _, _):
-                for flow in new.flows:
-                    self._fence(new, flow, at_least=self._epoch.get(flow, 0) + 1)
-                    assert new.expires_ns > self._clock.now, "opened for a lease that is over"
-                    if isinstance(operation, Move):
-                        assert self._steer[flow] == operation.old, "moved from where it was not"
-                        assert operation.drain_until_ns <= operation.old.expires_ns
-                        drains = self._drain.setdefault(flow, {})
-                        drains[operation.old.lease_id] = operation.drain_until_ns
-                    self._steer[flow] = new
-                    self._epoch[flow] = new.epoch
-            case Renew(new):
-                for flow in new.flows:
-                    self._fence(new, flow, at_least=self._epoch.get(flow, 0))
-                    assert self._steer[flow].lease_id == new.lease_id
-                    self._steer[flow] = new
-            case Revoke(binding):
-                for flow in binding.flows:
-                    self._fence(binding, flow, at_least=self._epoch.get(flow, 0))
-                    self._steer.pop(flow, None)
-                    self._drain.pop(flow, None)
-            case EndDrain(old):
-                for flow in old.flows:
-                    self._drain.get(flow, {}).pop(old.lease_id, None)
-
-    def _fence(self, binding: Binding, flow: Flow, *, at_least: int) -> None:
-        if binding.epoch < at_least:
-            raise StaleEpochError(f"epoch {binding.epoch}, the kernel is at {at_least}")
-
-
-class FakeGateway:
-    """Anchors that are ready unless told otherwise; `meanwhile` happens while one is asked."""
-
-    def __init__(self, trace: list[str]) -> None:
-        self._trace = trace
-        self.unready: set[str] = set()
-        self.asked: list[tuple[str, str]] = []
-        self.meanwhile: Callable[[], Awaitable[None] | None] = lambda: None
-
-    async def ready(self, anchor: str, aisi: str) -> bool:
-        self.asked.append((anchor, aisi))
-        self._trace.append(f"ask {anchor}")
-        await asyncio.sleep(0)  # other transactions get their turn here
-        happening = self.meanwhile()
-        if happening is not None:
-            await happening
-        return anchor not in self.unready
-
-
-class SpyJournal(Journal):
-    """The real journal; enters each write in `trace` once it is durable."""
-
-    trace: list[str]
-
-    def append(self, events: Sequence[Event]) -> None:
-        super().append(events)
-        self.trace.append("journal " + "+".join(type(event).__name__ for event in events))
+def intent(task: str = TASK, duration_ms: int = 60_000, **members: Any) -> Intent:
+    return Intent.model_validate({"task": task, "durationMs": duration_ms, **members})
 
 
 class World:
-    """A controller and all around it. The kernel and the clock outlive the controller."""
+    """A control plane and all around it."""
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None = None,
         *,
         catalogue_text: str = CATALOGUE,
         settings: Settings | None = None,
-        start: bool = True,
+        triggers: TriggerSettings | None = None,
+        tenants: Mapping[str, Policy] | None = None,
+        cells: Mapping[str, Rates] = CELLS,
+        anchors: Sequence[str] = ("edge1", "edge2", "edge3", "cloud"),
     ) -> None:
-        self.path = folder / "journal"
+        """With a folder the store is a file in it, else it is in memory."""
+        self.folder = folder
         self.trace: list[str] = []
         self.clock = FakeClock()
         self.catalogue = catalogue(catalogue_text)
-        self.settings = settings or Settings(prepare_ms=PREPARE_MS, drain_ms=DRAIN_MS)
         self.gateway = FakeGateway(self.trace)
         self.enforcer = FakeEnforcer(self.clock, self.trace)
-        if start:
-            self.start()
+        self._tenants = Tenants(
+            tenants=tuple(Tenant(name=name, policy=p) for name, p in (tenants or {}).items())
+        )
+        self._network = Network(
+            subscribers=subscribers(), cells=cells, attachment_points=anchors, anchor_addresses={}
+        )
+        self._options = Options(
+            settings=settings or Settings(prepare_ms=PREPARE_MS, drain_ms=DRAIN_MS),
+            triggers=triggers or TriggerSettings(),
+            key_rotation_s=_KEPT,
+        )
+        self.loop = FakeTimeLoop(self.clock)
+        self._memory = MemoryStore(self.trace)
+        self._running: AsyncExitStack | None = None
 
-    def start(self) -> None:
-        self.journal = SpyJournal(self.path, self.clock)
-        self.journal.trace = self.trace
+    def __enter__(self) -> Self:
+        self.run(self.start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
         try:
-            self.ledger = Ledger(self.journal)
-            self.controller = Controller(
-                catalogue=self.catalogue,
-                subscribers=subscribers(),
-                ledger=self.ledger,
-                enforcer=self.enforcer,
-                gateway=self.gateway,
-                key=KEY,
-                clock=self.clock,
-                settings=self.settings,
-            )
-            self.controller.recover()
-        except BaseException:
-            self.journal.close()
-            raise
-
-    def restart(self) -> None:
-        """Crash and come up again."""
-        self.journal.close()
-        self.start()
+            self.run(self.stop())
+        finally:
+            self.close()
 
     def close(self) -> None:
-        self.journal.close()
+        """Leave, whatever is still going on."""
+        if asyncio.all_tasks(self.loop):
+            self.loop.run_until_complete(self.crash())
+        self.loop.close()
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run something to its end; time passes where everything waits."""
+
+        async def bounded() -> Any:
+            async with asyncio.timeout(10 * 86_400):  # of fake time
+                return await work
+
+        return self.loop.run_until_complete(bounded())
+
+    # Start, stop, crash
+
+    async def start(self) -> None:
+        self.store: MemoryStore | FileStore = self._memory
+        if self.folder is not None:
+            self.store = FileStore(self.folder / "control.db", self.trace)
+        with patch("controlplane.service.sink_client", Mock()):
+            self.service = Service(
+                catalogue=self.catalogue,
+                network=self._network,
+                tenants=self._tenants,
+                store=self.store,
+                outbox=FakeOutbox(),
+                keys=KEYS,
+                evidence_key=KEY,
+                enforcer=self.enforcer,
+                gateway=self.gateway,
+                clock=self.clock,  # type: ignore[arg-type]
+                options=self._options,
+            )
+        self.plane = self.service.plane
+        self.controller, self.ledger = self.plane.controller, self.plane.controller.ledger
+        self.keeper = self.plane.keeper
+        self._running = AsyncExitStack()
+        await self._running.enter_async_context(self.service.running())
+
+    async def stop(self) -> None:
+        """Stop as a service stops."""
+        assert self._running is not None
+        await self._running.aclose()
+        self.store.close()
+        self._running = None
+
+    async def crash(self) -> None:
+        """The process dies: nothing that was on its way is ever done."""
+        self.enforcer.gate, self.gateway.gate, self.store.gate = Gate(), Gate(), Gate()
+        self.store.full = True
+        with patch.object(self.enforcer, "apply", _never), patch("logging.Logger.critical"):
+            mine = asyncio.current_task()
+            tasks = [task for task in asyncio.all_tasks() if task is not mine]
+            for _ in range(3):  # some have to finish something first
+                for task in tasks:
+                    task.cancel()
+                await asyncio.sleep(0)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self.store.full = False
+        self.store.close()
+        self._running = None
+
+    async def restart(self) -> None:
+        """Crash and come up again."""
+        await self.crash()
+        await self.start()
+
+    # What a client does
+
+    async def page(
+        self,
+        ue: str = "ue1",
+        *,
+        tenant: str = "default",
+        key: str | None = None,
+        sink: SinkRequest | None = None,
+        **members: Any,
+    ) -> Grant:
+        wanted = Page(tenant=tenant, ue=ue, intent=intent(**members), key=key, sink=sink)
+        return await self.plane.pager.page(wanted)
+
+    async def qos(
+        self,
+        ue: str = "ue1",
+        profile: str = "QOS_G",
+        *,
+        server: str = "203.0.113.9",
+        duration_ms: int = 60_000,
+        tenant: str = "default",
+        key: str | None = None,
+        sink: SinkRequest | None = None,
+    ) -> Grant:
+        number = UES.index(ue) + 1
+        flow = Flow(IPv4Address(f"10.45.0.{number}"), IPv4Address(server))
+        return await self.plane.pager.qos(
+            QosRequest(
+                tenant=tenant,
+                ue=ue,
+                aisi=f"qod:{server}",
+                flows=(flow,),
+                profile=profile,
+                duration_ms=duration_ms,
+                request=canonical.canonical({"server": server, "ue": ue}).decode(),
+                key=key,
+                sink=sink,
+            )
+        )
+
+    async def relocate(self, grant: Grant, target: str | None = None, **options: Any) -> Grant:
+        return await self.plane.relocator.relocate(session_id(grant), target, **options)
+
+    async def extend(self, grant: Grant, additional_ms: int) -> Lease:
+        return await self.controller.extend(session_id(grant), additional_ms)
+
+    async def release(self, grant: Grant) -> None:
+        await self.controller.release(session_id(grant))
+
+    async def heartbeat(self, anchor: str, **members: Any) -> None:
+        described = self.ledger.fleet.anchor(anchor)
+        assert described is not None
+        said: dict[str, Any] = {
+            "boot_id": "first",
+            "load": 0.0,
+            "ready_aisis": frozenset(hosting.aisi for hosting in described.hosts),
+        }
+        await self.keeper.heartbeat(anchor, Heartbeat(**said | members))
+
+    async def heartbeats(self, *anchors: str) -> None:
+        """Say that these live, and their services are ready, for ever."""
+        while True:
+            for anchor in anchors:
+                await self.heartbeat(anchor)
+            await asyncio.sleep(0.05)
+
+    async def drain(self, anchor: str) -> None:
+        await self.keeper.record(self.ledger.fleet.drain(anchor))
+
+    async def sleep(self, ms: float) -> None:
+        await asyncio.sleep(ms / 1_000)
+
+    # What can be seen
+
+    def lines(self) -> list[bytes]:
+        return list(self.store.replay())
 
     def entries(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_bytes().splitlines()]
+        """What was journalled, but for starts and acknowledgements."""
+        found = [json.loads(line) for line in self.lines()]
+        return [entry for entry in found if entry["type"] not in ("Started", "Acknowledged")]
+
+    def ends(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries() if entry["type"] == "Ended"]
+
+    def verdict(self) -> Verdict:
+        return verify_log([line + b"\n" for line in self.lines()], None)
 
     def states(self) -> dict[str, str]:
-        """Every lease's state or why it ended, by anchor and epoch."""
+        """Every lease's state or why it ended, by anchor and epoch: for one UE and service."""
+        leases = [e["terms"]["lease_id"] for e in self.entries() if e["type"] == "Prepared"]
         return {
             f"{held.terms.anchor}@{held.terms.epoch}": held.end_reason or held.state
-            for held in map(self.ledger.lease, self.lease_ids())
+            for held in map(self.ledger.lease, leases)
         }
 
-    def lease_ids(self) -> list[str]:
-        return [e["terms"]["lease_id"] for e in self.entries() if e["type"] == "Prepared"]
+    def reasons(self) -> Counter[str]:
+        """How many leases are in which state, or ended for which reason."""
+        leases = [e["terms"]["lease_id"] for e in self.entries() if e["type"] == "Prepared"]
+        held = map(self.ledger.lease, leases)
+        return Counter(str(one.end_reason or one.state) for one in held)
 
     def slots(self) -> dict[str, int]:
-        return {anchor: used for anchor, used in self.ledger.slots_used().items() if used}
+        return {anchor: n for anchor, n in self.ledger.pools.slots_used().items() if n}
+
+    def check_pools(self) -> None:
+        """Pools hold exactly what live leases hold, and quotas what sessions do: nothing leaks."""
+        slots: Counter[str] = Counter(
+            held.terms.anchor for held in self.ledger.live() if held.terms.anchor is not None
+        )
+        assert self.slots() == slots
+        held_by = Counter(session.tenant for session in self.ledger.sessions())
+        for tenant in self.controller.tenants:
+            assert self.ledger.held_by(tenant).sessions == held_by[tenant]
+
+
+async def _never(operations: Sequence[Operation]) -> None:
+    raise EnforcementError("the process is dead")
+
+
+def session_id(grant: Grant) -> str:
+    return grant.lease.terms.session_id
+
+
+def lease_id(grant: Grant) -> str:
+    return grant.lease.terms.lease_id
+
+
+def opens(operations: Sequence[Operation]) -> bool:
+    """Whether any of these gives somebody something."""
+    return any(isinstance(operation, Install | Move | Renew) for operation in operations)
+
+
+def scenario(**options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Any]:
+    """Run an async test in a world that has these options, with a file as its store."""
+
+    def decorate(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
+        @functools.wraps(test)
+        def run(tmp_path: Path, **arguments: Any) -> None:
+            with World(tmp_path, **options) as world:
+                world.run(test(world, **arguments))
+
+        wanted = inspect.signature(test).parameters
+        passed = [p for name, p in wanted.items() if name != "world"]
+        path = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        run.__signature__ = inspect.Signature([path, *passed])  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+async def all_of(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Do all at once; return what came of each: an answer or an exception."""
+    return await asyncio.gather(*work, return_exceptions=True)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let others run until something is so."""
+    for _ in range(10_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never came about")
+
+
+async def cancelled(task: "asyncio.Task[Any]") -> None:
+    """Cancel a task, and wait for it."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task

@@ -7,20 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from controlplane import lease
-from controlplane.enforcement import Flow
+from controlplane.enforcement import Flow, Usage
 from controlplane.intent import Intent
 from controlplane.lease import Effect, EndReason, Lease, LeaseError, State, Terms, evolve, step
 
 TERMS = Terms(
     lease_id="lease",
     session_id="session",
+    cause="PAGE",
+    tenant="default",
     ue="ue1",
     aisi="chat",
     anchor="edge1",
     flows=(Flow(ip_address("10.45.0.1"), ip_address("198.18.0.1")),),
     epoch=1,
+    qos_profile="QOS_E",
+    cell="gnb1",
+    downlink_bps=0,
+    uplink_bps=0,
+    priority_level=8,
+    preemptible=True,
     intent=Intent(task="text-generation"),
 )
+USAGE = Usage(uplink_packets=1, uplink_bytes=2, downlink_packets=3, downlink_bytes=4)
 DEADLINE, NOW, LATER = 1_000, 500, 2_000
 COMMANDS = [
     lease.Commit(LATER),
@@ -111,6 +120,35 @@ def test_a_drain_never_outlives_its_lease() -> None:
     assert drained.deadline_ns == DEADLINE
 
 
+@pytest.mark.parametrize("state", [State.COMMITTED, State.DRAINING])
+@pytest.mark.parametrize("reason", EndReason)
+def test_the_network_takes_a_lease_back_only_for_its_own_reasons(
+    state: State, reason: EndReason
+) -> None:
+    own = {"REVOKED", "REPAGED", "PREEMPTED", "ANCHOR_FAILED", "POLICY", "CELL_FULL"}
+    if reason in own:
+        assert step(held(state), lease.Revoke(reason), NOW).lease.end_reason is reason
+    else:
+        with pytest.raises(LeaseError, match=f"cannot be for {reason}"):
+            step(held(state), lease.Revoke(reason), NOW)
+
+
+def test_closing_counts_are_the_leases_last_word() -> None:
+    ended = lease.Ended("lease", EndReason.RELEASED, USAGE, NOW)
+    assert evolve(held(State.COMMITTED), ended).usage == USAGE
+    with pytest.raises(ValueError, match="never prepared"):
+        evolve(None, ended)
+
+
+def test_a_binding_is_what_the_lease_authorises_now() -> None:
+    drained = step(held(State.COMMITTED), lease.Supersede(NOW + 100), NOW).lease
+    for current in (held(State.COMMITTED), drained):
+        binding = current.binding()
+        assert (binding.lease_id, binding.epoch, binding.anchor) == ("lease", 1, "edge1")
+        assert (binding.flows, binding.qos_profile) == (TERMS.flows, "QOS_E")
+        assert binding.expires_ns == current.deadline_ns
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> list[tuple[int, lease.Command]]:
     instants = sorted(draw(st.lists(st.integers(0, 3_000), max_size=12)))
@@ -146,9 +184,10 @@ def test_whatever_happens(history: list[tuple[int, lease.Command]]) -> None:
         rebuilt = evolve(rebuilt, event)
     assert rebuilt == current  # the journal alone tells the same story
 
-    # The user plane opens once at most, closes exactly once if it opened; the slot is freed once.
+    # The user plane opens once at most, and closes exactly once if it opened; what it holds is
+    # freed once.
     assert effects.count(Effect.OPEN) <= 1
     over = current.state is State.ENDED
     closed = effects.count(Effect.CLOSE) + effects.count(Effect.END_DRAIN)
     assert closed == (effects.count(Effect.OPEN) if over else 0)
-    assert effects.count(Effect.FREE_SLOT) == int(over)
+    assert effects.count(Effect.FREE) == int(over)

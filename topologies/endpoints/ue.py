@@ -94,7 +94,9 @@ def page(base_url: str, intent: Mapping[str, Any]) -> Paged:
     try:
         with httpx.Client(trust_env=False, timeout=TIMEOUT_S) as client:
             start_ns = time.monotonic_ns()
-            response = client.post(f"{base_url.rstrip('/')}/sessions", json={"intent": dict(intent)})
+            response = client.post(
+                f"{base_url.rstrip('/')}/sessions", json={"intent": dict(intent)}
+            )
             transaction_ms = (time.monotonic_ns() - start_ns) / NS_PER_MS
         if not response.is_success:
             raise PagingError(f"the network refused ({response.status_code}): {response.text}")
