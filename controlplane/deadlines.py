@@ -22,6 +22,7 @@ class Deadlines:
     def __init__(self, find: Callable[[str], Lease | None]) -> None:
         """`find` returns a lease as it is now."""
         self._find = find
+        self.sooner: Callable[[], None] = lambda: None  # whoever waits for `next_ns` wants to know
         self._heap: list[tuple[int, int, str]] = []  # instant, deadline, lease id
 
     def watch(self, lease: Lease, now_ns: int) -> None:
@@ -29,6 +30,8 @@ class Deadlines:
         stages = NOT_COUNTED if lease.state is State.PREPARED else COUNTED
         instants = (lease.deadline_ns - before_ns for before_ns in stages)
         at_ns = next((at_ns for at_ns in instants if at_ns > now_ns), now_ns + AGAIN_NS)
+        if not self._heap or at_ns < self._heap[0][0]:
+            self.sooner()
         heapq.heappush(self._heap, (at_ns, lease.deadline_ns, lease.terms.lease_id))
 
     def next_ns(self) -> int | None:

@@ -60,8 +60,8 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._probe_ns = 0  # when failed anchors are asked next
         self._look_ns = 0  # when every session is looked at next: did it get what it is due?
-        controller.changed = self._changed.set
-        controller.granted = self._granted
+        controller.changed = controller.ledger.deadlines.sooner = self._changed.set
+        controller.granted = self._look
         controller.refused = self._refused
 
     async def run(self) -> None:
@@ -290,13 +290,11 @@ class Keeper:
         else:
             await self._relocator.leave(held, Trigger.POLICY, EndReason.POLICY)
 
-    def _granted(self, held: Lease) -> None:
-        """Take it that a lease was granted; what it was decided on may have changed meanwhile."""
-        self._changed.set()
-        self._look(held)
-
     def _look(self, held: Lease) -> None:
-        """Start what must happen to a session that cannot stay where it is."""
+        """Start what must happen to a session that cannot stay where it is.
+
+        To be asked of every new lease, too: what it was decided on may have changed meanwhile.
+        """
         terms, ledger = held.terms, self._controller.ledger
         if held.state is not State.COMMITTED:
             return
