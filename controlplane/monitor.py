@@ -13,9 +13,9 @@ stalled with it. Therefore:
 
 Hence a member whose signs are never a budget apart is never found, however long and often the
 watcher alone stalls; nor is one that gives a sign every quarter of the budget, if both stall
-together and not more than some times within one budget. One that dies is found within the budget, two intervals between checks (an
-eighth of the budget each), and the time that the watcher was late. All this holds only if one event
-loop calls `check` and reads the signs of life.
+together, and not more than some times within one budget. One that dies is found within the budget,
+two intervals between checks (an eighth of the budget each), and the time that the watcher was late.
+All this holds only if one event loop calls `check` and reads the signs of life.
 """
 
 from dataclasses import dataclass
