@@ -303,7 +303,7 @@ class Controller:
     async def enforce_new(self, terms: Terms, change: Change) -> Done:
         """Submit what opens a lease. If the kernel refuses, the session ends. Raises Refusal."""
         try:
-            return await self.submit(change)
+            return await self.committer.submit(change)
         except EnforcementError as error:
             session = self.ledger.session(terms.session_id)
             assert session is not None
@@ -313,7 +313,7 @@ class Controller:
     async def enforce(self, session: Session, change: Change) -> Done:
         """Submit a change of a live session. If the kernel refuses, the session ends."""
         try:
-            return await self.submit(change)
+            return await self.committer.submit(change)
         except EnforcementError as error:
             await self._fail(session)
             raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
@@ -332,8 +332,7 @@ class Controller:
         try:
             return await self.committer.submit(change)
         except EnforcementError:
-            self._kernel_disagrees = True
-            self.changed()
+            self._disagree()
             raise
 
     @staticmethod
@@ -408,10 +407,18 @@ class Controller:
                 self._kernel_disagrees = True
                 raise
 
+    def _disagree(self) -> None:
+        self._kernel_disagrees = True
+        self.changed()
+
     async def _fail(self, session: Session) -> None:
+        """End a session that the kernel was not brought to; repair what else it refused."""
         leases = [h for h in self.ledger.leases_of(session) if h.state is not State.ENDED]
-        with suppress(EnforcementError):  # then the kernel's own timeouts close it
-            await self.end(leases, lease.Fail())
+        try:
+            with suppress(EnforcementError):  # then the kernel's own timeouts close it
+                await self.end(leases, lease.Fail())
+        finally:
+            self._disagree()
 
 
 def hashed_key(tenant: str, key: str) -> str:

@@ -108,6 +108,7 @@ class Keeper:
         await self._controller.committer.submit(Change(events))
         for event in events:
             self._follow(event)
+        self._changed.set()
 
     async def moved(self, ue: str, cell: str) -> None:
         """Take a mobility report: the UE is served by this gNB now. Raises Refusal.

@@ -128,7 +128,8 @@ class World:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self.run(self.stop())
+            if self._running is not None:
+                self.run(self.stop())
         finally:
             self.close()
 
