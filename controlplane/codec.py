@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import orjson
 
+from controlplane.addresses import text_of
 from controlplane.catalogue import Anchor
 from controlplane.clock import Clock, parse_rfc3339, rfc3339
 from controlplane.enforcement import Flow, Usage
@@ -139,7 +140,7 @@ class Codec:
     def _prepared(self, event: Prepared) -> Members:
         terms = event.terms
         members: Members = dict(zip(_ALWAYS, _always_of(terms), strict=True))
-        members["flows"] = [_flow_text(flow) for flow in terms.flows]
+        members["flows"] = [(text_of(flow.ue), text_of(flow.service)) for flow in terms.flows]
         for name in _OPTIONAL:
             value = getattr(terms, name)
             if value is not None:
@@ -202,11 +203,6 @@ def _intent(text: bytes) -> Intent:
 @lru_cache(maxsize=65_536)
 def _flow(ue: str, service: str) -> Flow:
     return Flow(ip_address(_typed(str, ue)), ip_address(_typed(str, service)))
-
-
-@lru_cache(maxsize=65_536)
-def _flow_text(flow: Flow) -> tuple[str, str]:
-    return str(flow.ue), str(flow.service)
 
 
 def _only(known: frozenset[str], members: Members) -> None:

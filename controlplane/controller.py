@@ -8,7 +8,6 @@ another; those of different UEs share a write and a kernel batch. The transactio
 
 import hashlib
 import secrets
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -238,9 +237,10 @@ class Controller:
         key: str | None = None,
     ) -> Terms:
         """Write the terms of a new lease; without `session_id`, of a new session."""
+        unique = secrets.token_hex(24)
         return Terms(
-            lease_id=secrets.token_hex(8),
-            session_id=session_id or str(uuid.UUID(bytes=secrets.token_bytes(16), version=4)),
+            lease_id=unique[:16],
+            session_id=session_id or _uuid4(unique[16:]),
             cause=cause,
             tenant=tenant,
             ue=subscriber.ue,
@@ -424,6 +424,12 @@ class Controller:
 def hashed_key(tenant: str, key: str) -> str:
     """Return an idempotency key as it is kept: hashed with its tenant."""
     return hashlib.sha256(f"{tenant}\0{key}".encode()).hexdigest()[:32]
+
+
+def _uuid4(digits: str) -> str:
+    """Return 32 random hexadecimal digits as a UUID of version 4 (RFC 9562)."""
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def whole_seconds(duration_ns: int) -> int:

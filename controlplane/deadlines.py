@@ -27,12 +27,15 @@ class Deadlines:
 
     def watch(self, lease: Lease, now_ns: int) -> None:
         """Let a lease be returned when it next needs attention, after `now_ns`."""
-        stages = NOT_COUNTED if lease.state is State.PREPARED else COUNTED
-        instants = (lease.deadline_ns - before_ns for before_ns in stages)
-        at_ns = next((at_ns for at_ns in instants if at_ns > now_ns), now_ns + AGAIN_NS)
+        deadline_ns = lease.deadline_ns
+        at_ns = now_ns + AGAIN_NS
+        for before_ns in NOT_COUNTED if lease.state is State.PREPARED else COUNTED:
+            if deadline_ns - before_ns > now_ns:
+                at_ns = deadline_ns - before_ns
+                break
         if not self._heap or at_ns < self._heap[0][0]:
             self.sooner()
-        heapq.heappush(self._heap, (at_ns, lease.deadline_ns, lease.terms.lease_id))
+        heapq.heappush(self._heap, (at_ns, deadline_ns, lease.terms.lease_id))
 
     def next_ns(self) -> int | None:
         """Return when a lease next needs attention; None if none ever will."""

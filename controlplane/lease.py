@@ -262,9 +262,9 @@ def evolve(lease: Lease | None, event: Event) -> Lease:
         raise ValueError(f"{type(event).__name__} of a lease that was never prepared")
     match event:
         case Committed(_, expires_ns) | Renewed(_, expires_ns):
-            return replace(lease, state=State.COMMITTED, deadline_ns=expires_ns)
+            return Lease(terms=lease.terms, state=State.COMMITTED, deadline_ns=expires_ns)
         case DrainStarted(_, until_ns):
-            return replace(lease, state=State.DRAINING, deadline_ns=until_ns)
+            return Lease(terms=lease.terms, state=State.DRAINING, deadline_ns=until_ns)
         case Ended(_, reason, usage, _):
             return replace(lease, state=State.ENDED, end_reason=reason, usage=usage)
 

@@ -52,9 +52,9 @@ class Session:
     counted: Terms | None = None  # under which it counts among what its tenant holds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Held:
-    """What a tenant's live sessions hold together."""
+    """What a tenant's live sessions hold together, at present."""
 
     sessions: int = 0
     downlink_bps: int = 0  # guaranteed
@@ -248,8 +248,10 @@ class Ledger:
             self._current[terms.ue, terms.aisi] = session
             self._by_ue[terms.ue][session.session_id] = session
             self._by_tenant[terms.tenant][session.session_id] = session
-            self.expect_no_more(terms)
-            self._count(terms, 1)
+            if terms.session_id in self._expected:
+                self._expected.remove(terms.session_id)  # it counts already
+            else:
+                self._count(terms, 1)
             session.counted = terms
         session.live += 1
         self._live += 1
@@ -292,12 +294,12 @@ class Ledger:
 
     def _count(self, terms: Terms, sessions: int) -> None:
         """Add a session under these terms to what its tenant holds, or (-1) take it off."""
-        held = self._held.get(terms.tenant, Held())
-        self._held[terms.tenant] = Held(
-            held.sessions + sessions,
-            held.downlink_bps + sessions * terms.downlink_bps,
-            held.uplink_bps + sessions * terms.uplink_bps,
-        )
+        held = self._held.get(terms.tenant)
+        if held is None:
+            held = self._held[terms.tenant] = Held()
+        held.sessions += sessions
+        held.downlink_bps += sessions * terms.downlink_bps
+        held.uplink_bps += sessions * terms.uplink_bps
 
 
 def _fenced(ue: str, aisi: str) -> tuple[str, str]:

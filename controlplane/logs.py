@@ -9,9 +9,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextvars import ContextVar, Token
 from types import MappingProxyType
 from typing import Any
 
@@ -38,14 +37,20 @@ def configure(*, json: bool | None = None, level: int = logging.INFO) -> None:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
-@contextmanager
-def bind(**context: Any) -> Iterator[None]:
+class bind:  # not a generator, which takes three times as long
     """Add members to all lines within: `session_id`, `lease_id`, `ue`, `tenant`."""
-    token = _context.set({**_context.get(), **context})
-    try:
-        yield
-    finally:
-        _context.reset(token)
+
+    __slots__ = ("_members", "_token")
+    _token: Token[Mapping[str, Any]]
+
+    def __init__(self, **members: Any) -> None:
+        self._members = members
+
+    def __enter__(self) -> None:
+        self._token = _context.set({**_context.get(), **self._members})
+
+    def __exit__(self, *error: object) -> None:
+        _context.reset(self._token)
 
 
 class JsonFormatter(logging.Formatter):

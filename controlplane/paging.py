@@ -8,6 +8,7 @@ whose profile may pre-empt (ARP, TS 23.501, 5.7.2.2) takes it from leases of low
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from controlplane import lease
 from controlplane.admission import Holder
@@ -251,7 +252,9 @@ class Pager:
                 key=key,
             )
             expires_ns = None if again is None else again.expires_ns
-            choice = replace(resolution, excluded=tuple(excluded))
+            choice = resolution
+            if len(excluded) > len(resolution.excluded):
+                choice = replace(resolution, excluded=tuple(excluded))
             return _Ask(terms, candidate.ready, intent.duration_ms, expires_ns, page.sink, choice)
 
         def serves(candidate: Candidate) -> bool:
@@ -473,8 +476,15 @@ def _excluded(candidate: Candidate, constraint: str, detail: str) -> Exclusion:
 
 def effective_arp(profile: QosProfile, tenant: Tenant) -> Arp:
     """Return the ARP of a tenant's lease: its own if its policy gives one, else the profile's."""
-    return tenant.policy.arp or Arp(
-        priority_level=profile.priority_level,
-        preemption_capability=profile.preemption_capability,
-        preemption_vulnerability=profile.preemption_vulnerability,
+    return tenant.policy.arp or _arp(
+        profile.priority_level, profile.preemption_capability, profile.preemption_vulnerability
+    )
+
+
+@lru_cache(maxsize=256)
+def _arp(priority_level: int, capability: bool, vulnerability: bool) -> Arp:
+    return Arp(
+        priority_level=priority_level,
+        preemption_capability=capability,
+        preemption_vulnerability=vulnerability,
     )

@@ -166,6 +166,19 @@ CONSTRAINTS: dict[str, _Constraint] = {
     "cost": _cost,
     "readiness": _readiness,
 }
+# The member of an intent that asks for it, and its value if it does not; the others always hold.
+_ASKED_BY = {
+    name: (member, Intent.model_fields[member].default)
+    for name, member in {
+        "region": "regions",
+        "premises": "on_premises",
+        "trustTier": "min_trust_tier",
+        "latency": "max_latency_ms",
+        "rate": "min_rate_rps",
+        "accuracy": "min_accuracy",
+        "cost": "max_cost",
+    }.items()
+}
 CAPACITY = "capacity"  # comes last: what is excluded by it alone is `full`
 
 
@@ -198,6 +211,11 @@ def resolve(
             services, rank(catalogue, intent.description, services), strict=True
         ):
             text[service.aisi] = TEXT_SCALE * (1 - relevance)
+    constraints = [
+        (name, constraint)
+        for name, constraint in CONSTRAINTS.items()
+        if name not in _ASKED_BY or getattr(intent, _ASKED_BY[name][0]) != _ASKED_BY[name][1]
+    ]
     candidates: list[Candidate] = []
     full: list[Candidate] = []
     excluded: list[Exclusion] = []
@@ -214,7 +232,7 @@ def resolve(
             measured_ms = view.latency_ms
             latency_ms = path_ms + (hosting.service_time_ms if measured_ms is None else measured_ms)
             offer = _Offer(catalogue, service, view, anchor, hosting, latency_ms)
-            broken = _broken(intent, offer) or (extra and extra(service, anchor))
+            broken = _broken(constraints, intent, offer) or (extra and extra(service, anchor))
             if broken:
                 excluded.append(Exclusion(aisi, anchor.name, *broken))
                 continue
@@ -233,8 +251,10 @@ def resolve(
     return Resolution(tuple(candidates), tuple(excluded), tuple(full))
 
 
-def _broken(intent: Intent, offer: _Offer) -> tuple[str, str] | None:
-    for name, constraint in CONSTRAINTS.items():
+def _broken(
+    constraints: Sequence[tuple[str, _Constraint]], intent: Intent, offer: _Offer
+) -> tuple[str, str] | None:
+    for name, constraint in constraints:
         detail = constraint(intent, offer)
         if detail is not None:
             return name, detail

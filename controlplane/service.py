@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from controlplane import aist
 from controlplane.access_tokens import TokenService
+from controlplane.addresses import text_of
 from controlplane.admission import Pools, Rates
 from controlplane.catalogue import Catalogue
 from controlplane.checkpoint import Signer
@@ -84,7 +85,7 @@ class _Issuer:
         return aist.issue(
             self._keys.signing,
             ue=terms.ue,
-            addresses=[str(flow.ue) for flow in terms.flows],
+            addresses=[text_of(flow.ue) for flow in terms.flows],
             aisi=terms.aisi,
             lease_id=terms.lease_id,
             epoch=terms.epoch,
