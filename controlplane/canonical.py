@@ -26,6 +26,17 @@ def canonical(value: dict[str, Any]) -> bytes:
         return rfc8785.dumps(value)
 
 
+def canonical_plain(value: dict[str, Any]) -> bytes:
+    """Return the canonical form of what has keys in ASCII and no fractions; that is not checked.
+
+    Fragments of orjson in it are taken to be canonical. ValueError if there is no such form.
+    """
+    try:
+        return orjson.dumps(value, option=_OPTIONS)
+    except orjson.JSONEncodeError as error:
+        raise ValueError(f"no canonical JSON: {error}") from error
+
+
 def _is_same(value: Any) -> bool:
     """Whether both write an object or array alike; the quick answer to the usual question."""
     kind = type(value)

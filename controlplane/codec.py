@@ -11,8 +11,10 @@ from operator import attrgetter, itemgetter
 from typing import Any, TypeVar
 
 import orjson
+from orjson import Fragment
 
 from controlplane.addresses import text_of
+from controlplane.canonical import canonical
 from controlplane.catalogue import Anchor
 from controlplane.clock import Clock, parse_rfc3339, rfc3339
 from controlplane.enforcement import Flow, Usage
@@ -88,9 +90,12 @@ class Codec:
             },
             Started: lambda e: {"instance": e.instance},
             UeMoved: lambda e: {"ue": e.ue, "cell": e.cell},
-            PolicySet: lambda e: {"tenant": e.tenant, "policy": e.policy.model_dump(mode="json")},
+            PolicySet: lambda e: {
+                "tenant": e.tenant,
+                "policy": Fragment(canonical(e.policy.model_dump(mode="json"))),
+            },
             AnchorRegistered: lambda e: {
-                "anchor": e.anchor.model_dump(mode="json"),
+                "anchor": Fragment(canonical(e.anchor.model_dump(mode="json"))),
                 "provider": e.provider,
             },
             AnchorDraining: lambda e: {"name": e.name},
@@ -123,7 +128,7 @@ class Codec:
         }
 
     def encode(self, event: Record) -> Members:
-        """Return the members that say what happened."""
+        """Return the members that say what happened, for `canonical_plain`: a new dict."""
         return self._encoders[type(event)](event)
 
     def decode(self, members: Members) -> Record:
@@ -146,9 +151,7 @@ class Codec:
             if value is not None:
                 members[name] = value
         if terms.intent is not None:
-            members["intent"] = terms.intent.model_dump(
-                mode="json", by_alias=True, exclude_none=True
-            )
+            members["intent"] = Fragment(terms.intent.canonical)
         return {"terms": members, "until": self._at(event.prepare_until_ns)}
 
     def _ended(self, event: Ended) -> Members:

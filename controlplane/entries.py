@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from controlplane.canonical import canonical
+from controlplane.canonical import canonical, canonical_plain
 from controlplane.clock import Clock, parse_rfc3339, rfc3339
 from controlplane.codec import Codec, Record
 from controlplane.merkle import Tree, leaf_hash
@@ -60,16 +60,13 @@ class Chain:
         assert previous is not None
         lines = []
         for index, event in enumerate(events, start=self._next):
-            line = canonical(
-                {
-                    "at": at,
-                    "digest": _NO_DIGEST,
-                    "index": index,
-                    "previous": previous.hex(),
-                    "type": type(event).__name__,
-                    **self._codec.encode(event),
-                }
-            )
+            members = self._codec.encode(event)
+            members["at"] = at
+            members["digest"] = _NO_DIGEST
+            members["index"] = index
+            members["previous"] = previous.hex()
+            members["type"] = type(event).__name__
+            line = canonical_plain(members)
             before, _, after = line.partition(_member(_NO_DIGEST))
             digest = hashlib.sha256(before + after).hexdigest()
             line = before + _member(digest) + after

@@ -1,10 +1,13 @@
 """The intent: what a UE asks for. It names no server, no model instance and no place."""
 
 import re
+from functools import cached_property
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
+
+from controlplane.canonical import canonical
 
 PIPELINE_TAG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # Hugging Face `pipeline_tag`
 MIN_DURATION_MS, MAX_DURATION_MS = 50, 86_400_000
@@ -67,3 +70,19 @@ class Intent(_Request):
         if self.qos_profile is not None and self.required_rates is not None:
             raise ValueError("give qosProfile or requiredRates, not both")
         return self
+
+    @cached_property
+    def canonical(self) -> bytes:
+        """Its canonical JSON (RFC 8785), without members that are None."""
+        return canonical(self.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+_MAX_SHARED = 4_096
+_shared: dict[bytes, Intent] = {}
+
+
+def shared(intent: Intent) -> Intent:
+    """Return an equal intent, the same for all: live sessions have few different ones."""
+    if len(_shared) >= _MAX_SHARED:
+        _shared.clear()
+    return _shared.setdefault(intent.canonical, intent)

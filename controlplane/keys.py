@@ -4,18 +4,19 @@ A key is named by its `kid`, the RFC 7638 thumbprint of its public half (RFC 803
 PKCS8 PEM files that only their owner can read. No private key is in a message or a `repr`.
 """
 
-import base64
 import hashlib
 import json
 import os
 import re
 import secrets
+from binascii import b2a_base64
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
+import orjson
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -24,6 +25,7 @@ ALGORITHM = "EdDSA"  # RFC 8037
 NS_PER_S = 1_000_000_000
 RETAIN_S = 90_000  # the longest lease (a day), and an hour
 _KEY_FILE = re.compile(r"([0-9]{1,20})-([\w-]{43})\.pem", re.ASCII)  # created (Unix ns), kid
+_URL_SAFE = bytes.maketrans(b"+/", b"-_")
 _UNFINISHED = ".new-*"
 _encode_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
@@ -33,7 +35,16 @@ class KeyFileError(ValueError):
 
 
 def _base64url(data: bytes) -> bytes:
-    return base64.urlsafe_b64encode(data).rstrip(b"=")
+    return b2a_base64(data, newline=False).rstrip(b"=").translate(_URL_SAFE)
+
+
+def _encode_claims(claims: Mapping[str, object]) -> bytes:
+    """Return claims as JSON: by orjson, unless there is a number that it may not write right."""
+    with suppress(orjson.JSONEncodeError):
+        encoded = orjson.dumps(claims)
+        if b"null" not in encoded:
+            return encoded
+    return _encode_json(claims).encode()
 
 
 def jwk(key: Ed25519PublicKey) -> dict[str, str]:
@@ -78,7 +89,7 @@ class SigningKey:
         if header is None:
             members = {"alg": ALGORITHM, "kid": self.kid, "typ": typ}
             header = self._headers[typ] = _base64url(_encode_json(members).encode()) + b"."
-        signed = header + _base64url(_encode_json(claims).encode())
+        signed = header + _base64url(_encode_claims(claims))
         return (signed + b"." + _base64url(self._private.sign(signed))).decode("ascii")
 
 

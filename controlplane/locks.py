@@ -21,7 +21,7 @@ class Locks:
 
     def hold(self, *names: str) -> "Held":
         """Hold all of these: `async with locks.hold(...)`."""
-        return Held(self, sorted(set(names)))
+        return Held(self, names if len(names) == 1 else sorted(set(names)))
 
     async def acquire(self, name: str) -> None:
         """Hold one."""

@@ -18,7 +18,7 @@ from controlplane.clock import NS_PER_MS
 from controlplane.committer import Change, Done
 from controlplane.controller import Controller, hashed_key
 from controlplane.enforcement import Flow, Install
-from controlplane.intent import Intent
+from controlplane.intent import Intent, shared
 from controlplane.lease import EndReason, Lease, State, Terms
 from controlplane.ledger import Session, demand
 from controlplane.metrics import Transaction
@@ -216,7 +216,7 @@ class Pager:
         requested_ns: int,
         again: "_Again | None" = None,
     ) -> Grant:
-        controller, intent = self._controller, page.intent
+        controller, intent = self._controller, shared(page.intent)
         subscriber = controller.subscriber(page.ue)
         catalogue = controller.catalogue
         if not catalogue.services_for(intent.task):

@@ -93,10 +93,6 @@ Extra = Callable[[Service, Anchor], tuple[str, str] | None]
 Rank = Callable[[Catalogue, str, Sequence[Service]], Sequence[float]]
 
 
-def _state(intent: Intent, offer: _Offer) -> str | None:
-    return None if offer.view.state is AnchorState.UP else f"is {offer.view.state}"
-
-
 def _region(intent: Intent, offer: _Offer) -> str | None:
     if intent.regions and offer.anchor.region not in intent.regions:
         return f"{offer.anchor.region} is not among {', '.join(intent.regions)}"
@@ -148,37 +144,18 @@ def _cost(intent: Intent, offer: _Offer) -> str | None:
     return None
 
 
-def _readiness(intent: Intent, offer: _Offer) -> str | None:
-    ready = offer.view.ready_aisis
-    if ready is not None and offer.service.aisi not in ready:
-        return f"does not say that {offer.service.aisi} is ready"
-    return None
-
-
-CONSTRAINTS: dict[str, _Constraint] = {
-    "state": _state,
-    "region": _region,
-    "premises": _premises,
-    "trustTier": _trust_tier,
-    "latency": _latency,
-    "rate": _rate,
-    "accuracy": _accuracy,
-    "cost": _cost,
-    "readiness": _readiness,
-}
-# The member of an intent that asks for it, and its value if it does not; the others always hold.
-_ASKED_BY = {
-    name: (member, Intent.model_fields[member].default)
-    for name, member in {
-        "region": "regions",
-        "premises": "on_premises",
-        "trustTier": "min_trust_tier",
-        "latency": "max_latency_ms",
-        "rate": "min_rate_rps",
-        "accuracy": "min_accuracy",
-        "cost": "max_cost",
-    }.items()
-}
+# Constraints of the intent: name, the member that asks for it, and the check. The anchor's state
+# comes before them; its readiness, the tenant's policy and the capacity come after.
+CONSTRAINTS: tuple[tuple[str, str, _Constraint], ...] = (
+    ("region", "regions", _region),
+    ("premises", "on_premises", _premises),
+    ("trustTier", "min_trust_tier", _trust_tier),
+    ("latency", "max_latency_ms", _latency),
+    ("rate", "min_rate_rps", _rate),
+    ("accuracy", "min_accuracy", _accuracy),
+    ("cost", "max_cost", _cost),
+)
+_NOT_ASKED = {member: Intent.model_fields[member].default for _, member, _ in CONSTRAINTS}
 CAPACITY = "capacity"  # comes last: what is excluded by it alone is `full`
 
 
@@ -213,8 +190,8 @@ def resolve(
             text[service.aisi] = TEXT_SCALE * (1 - relevance)
     constraints = [
         (name, constraint)
-        for name, constraint in CONSTRAINTS.items()
-        if name not in _ASKED_BY or getattr(intent, _ASKED_BY[name][0]) != _ASKED_BY[name][1]
+        for name, member, constraint in CONSTRAINTS
+        if getattr(intent, member) != _NOT_ASKED[member]
     ]
     candidates: list[Candidate] = []
     full: list[Candidate] = []
@@ -231,8 +208,16 @@ def resolve(
                 path_ms = anchor.path_rtt_ms_from.get(cell, path_ms)
             measured_ms = view.latency_ms
             latency_ms = path_ms + (hosting.service_time_ms if measured_ms is None else measured_ms)
-            offer = _Offer(catalogue, service, view, anchor, hosting, latency_ms)
-            broken = _broken(constraints, intent, offer) or (extra and extra(service, anchor))
+            broken = None
+            if view.state is not AnchorState.UP:
+                broken = "state", f"is {view.state}"
+            elif constraints:
+                offer = _Offer(catalogue, service, view, anchor, hosting, latency_ms)
+                broken = _broken(constraints, intent, offer)
+            if broken is None and view.ready_aisis is not None and aisi not in view.ready_aisis:
+                broken = "readiness", f"does not say that {aisi} is ready"
+            if broken is None and extra is not None:
+                broken = extra(service, anchor)
             if broken:
                 excluded.append(Exclusion(aisi, anchor.name, *broken))
                 continue

@@ -9,7 +9,7 @@ from histories import EDGE3, EVERYTHING, T0, USAGE, Watch, at, ended, lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.canonical import canonical
+from controlplane.canonical import canonical, canonical_plain
 from controlplane.clock import NS_PER_S
 from controlplane.codec import Codec, Record
 from controlplane.enforcement import Flow, Usage
@@ -154,7 +154,7 @@ def forged(event: Record, **changes: Any) -> bytes:
     members = {
         **{"at": "2026-01-01T00:00:00.000000000Z", "index": 0, "previous": NO_ENTRY.hex()},
         **{"type": type(event).__name__},
-        **Codec(UTC_CLOCK).encode(event),
+        **json.loads(canonical_plain(Codec(UTC_CLOCK).encode(event))),
     }
     for path, value in changes.items():
         *outer, name = path.split("__")
