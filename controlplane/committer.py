@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from controlplane.clock import Clock
 from controlplane.codec import Record
 from controlplane.enforcement import (
+    Binding,
     EnforcementError,
     Enforcer,
     Install,
@@ -32,6 +33,7 @@ from controlplane.lease import Ended, Lease, State
 from controlplane.ledger import Ledger
 from controlplane.metrics import Metrics
 from controlplane.store import Notice, Sink, Store, StoreError
+from controlplane.values import value
 
 MAX_CHANGES = 256  # of one write and one kernel batch
 ACKNOWLEDGE_S = 0.02  # at most so long an acknowledgement waits for a write to go with
@@ -39,7 +41,7 @@ ACKNOWLEDGE_S = 0.02  # at most so long an acknowledgement waits for a write to 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Change:
     """What one decision changes: its events, then its operations, all or nothing."""
 
@@ -48,7 +50,7 @@ class Change:
     sink: Sink | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Done:
     """When it was durable, and when the kernel had acknowledged it; CLOCK_MONOTONIC ns."""
 
@@ -87,7 +89,7 @@ class _Waiting:
             self.done.set_exception(outcome)
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Counts:
     usage: Usage | None
     at_ns: int
@@ -162,8 +164,8 @@ class Committer:
 
     async def sample(self, leases: Sequence[Lease]) -> None:
         """Read the counts of leases that are about to expire, while the kernel has them."""
+        now_ns = self._clock.now_ns()  # counted then or later, never earlier
         usage = await self._enforcer.usage([lease.binding() for lease in leases])
-        now_ns = self._clock.now_ns()
         for lease in leases:
             lease_id = lease.terms.lease_id
             held = self._ledger.find_lease(lease_id)
@@ -275,10 +277,10 @@ class Committer:
                     if lease.state is not State.PREPARED:
                         closing[event.lease_id] = lease
         usage = {}
+        now_ns = self._clock.now_ns()
         if closing:
             with suppress(EnforcementError):
                 usage = await self._enforcer.usage([lease.binding() for lease in closing.values()])
-        now_ns = self._clock.now_ns()
         for waiting in batch:
             waiting.events = list(waiting.change.events)
             if not closing:
@@ -328,11 +330,11 @@ class Committer:
                     waiting.refused = error
         now_ns = self._clock.now_ns()
         opened = [
-            lease_id
+            binding.lease_id
             for waiting in todo
             if waiting.refused is None
-            for lease_id in map(_opened, waiting.change.operations)
-            if lease_id is not None
+            for binding in map(_opened, waiting.change.operations)
+            if binding is not None and binding.expires_ns > now_ns
         ]
         if opened:
             self._acknowledged.append(Acknowledged(tuple(opened), now_ns))
@@ -341,10 +343,10 @@ class Committer:
         self._metrics.kernel_batch(sum(len(w.change.operations) for w in todo), took_ns)
 
 
-def _opened(operation: Operation) -> str | None:
-    """Return the lease that an operation opens the user plane for."""
+def _opened(operation: Operation) -> Binding | None:
+    """Return what an operation opens the user plane for."""
     match operation:
         case Install(new) | Move(new, _, _):
-            return new.lease_id
+            return new
         case _:
             return None
