@@ -13,10 +13,11 @@ Who has to make room is `victims`: pre-emption by ARP (TS 23.501, 5.7.2.2).
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 
 from controlplane.catalogue import Anchor
+from controlplane.values import value
 
 
 class Resource(StrEnum):
@@ -29,7 +30,7 @@ class Resource(StrEnum):
     CELL_UPLINK = "cellUplink"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Demand:
     """What one lease needs: a slot at its anchor, if it has one, and guaranteed rates (GFBR)."""
 
@@ -39,7 +40,7 @@ class Demand:
     uplink_bps: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Rates:
     """Capacity of a cell; None: unlimited."""
 
@@ -47,7 +48,7 @@ class Rates:
     uplink_bps: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Shortage:
     """Why a demand does not fit: the first resource of which too little is free."""
 
@@ -61,7 +62,7 @@ class Shortage:
         return f"{self.resource} of {self.where}: {self.asked:,}{unit} asked, {self.free:,} free"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Holder:
     """A live lease that pre-emption may consider, with its ARP (TS 23.501, 5.7.2.2)."""
 
@@ -71,7 +72,7 @@ class Holder:
     vulnerable: bool  # a more important one may take what this holds
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Pool:
     resource: Resource
     capacity: Callable[[str], int | None]  # None: unlimited

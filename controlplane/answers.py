@@ -1,13 +1,13 @@
 """What the control plane answers: a grant, or a refusal with its cause."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from controlplane.lease import Lease
 from controlplane.resolver import Exclusion, Resolution
+from controlplane.values import value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Instants of one transaction, CLOCK_MONOTONIC ns: each is taken when the step was done."""
 
@@ -17,7 +17,7 @@ class Timeline:
     enforced_ns: int  # acknowledged by the kernel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Grant:
     """The answer to a request that was granted."""
 

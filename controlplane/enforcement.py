@@ -4,14 +4,15 @@ These are the only types that `upf` shares with `controlplane`. They carry no lo
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
+
+from controlplane.values import value
 
 Address = IPv4Address | IPv6Address
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Flow:
     """One address family's share of a lease: this UE to this service, and back."""
 
@@ -23,7 +24,7 @@ class Flow:
             raise ValueError(f"{self.ue} and {self.service} are of different address families")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Binding:
     """What one COMMIT authorises: its flows, to one anchor, under one QoS, until a deadline.
 
@@ -39,14 +40,14 @@ class Binding:
     expires_ns: int  # CLOCK_MONOTONIC
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Install:
     """Open the user plane for a new lease."""
 
     binding: Binding
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Move:
     """Make-before-break: steer to `new`; `old`'s anchor may still answer until the drain ends."""
 
@@ -55,14 +56,14 @@ class Move:
     drain_until_ns: int  # CLOCK_MONOTONIC
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Renew:
     """Extend a live lease in place; `binding.expires_ns` is the new deadline."""
 
     binding: Binding
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Revoke:
     """Close the user plane of a lease's flows now, whichever lease of the session holds them.
 
@@ -72,7 +73,7 @@ class Revoke:
     binding: Binding
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class EndDrain:
     """Stop the old anchor's answers before the drain deadline."""
 
@@ -82,7 +83,7 @@ class EndDrain:
 Operation = Install | Move | Renew | Revoke | EndDrain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Packets and bytes the kernel counted on one lease's elements."""
 
@@ -92,7 +93,7 @@ class Usage:
     downlink_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Enforced:
     """One flow of a lease as read back from the kernel."""
 
@@ -104,7 +105,7 @@ class Enforced:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Reconciliation:
     """What it took to make the kernel agree with the journal (lease ids)."""
 

@@ -14,11 +14,12 @@ answer (evidence first).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 
 from controlplane.enforcement import Binding, Flow, Usage
 from controlplane.intent import Intent
+from controlplane.values import value
 
 
 class State(StrEnum):
@@ -54,7 +55,7 @@ TAKEN_BACK = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Terms:
     """What a lease is about; fixed when it is prepared.
 
@@ -81,7 +82,7 @@ class Terms:
     key: str | None = None  # idempotency key, hashed with its tenant
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Lease:
     """One COMMIT. Instants are CLOCK_MONOTONIC ns."""
 
@@ -106,50 +107,50 @@ class Lease:
 # Commands
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Commit:
     """Grant the prepared lease until `expires_ns`."""
 
     expires_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Renew:
     """Extend a committed lease to `expires_ns`; never shortens."""
 
     expires_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Supersede:
     """Another lease of the session has been committed: drain until `drain_until_ns`."""
 
     drain_until_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Release:
     """The UE is done."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Revoke:
     """The network takes the lease back, for a reason among TAKEN_BACK."""
 
     reason: EndReason = EndReason.REVOKED
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Fail:
     """The user plane could not be brought to what the lease says."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Abort:
     """Roll a prepared lease back."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -160,7 +161,7 @@ Command = Commit | Renew | Supersede | Release | Revoke | Fail | Abort | Tick
 # Events: what is journalled
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Prepared:
     """What these terms need is reserved: an anchor's slot, and bandwidth."""
 
@@ -168,7 +169,7 @@ class Prepared:
     prepare_until_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Committed:
     """The lease is granted."""
 
@@ -176,7 +177,7 @@ class Committed:
     expires_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Renewed:
     """The lease is extended."""
 
@@ -184,7 +185,7 @@ class Renewed:
     expires_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class DrainStarted:
     """The lease steers nothing new; what is under way may finish."""
 
@@ -192,7 +193,7 @@ class DrainStarted:
     until_ns: int
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Ended:
     """The lease is over.
 
@@ -231,7 +232,7 @@ class LeaseError(Exception):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Outcome:
     """The result of one step."""
 

@@ -7,7 +7,7 @@ whose profile may pre-empt (ARP, TS 23.501, 5.7.2.2) takes it from leases of low
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from controlplane import lease
@@ -26,13 +26,14 @@ from controlplane.policy import Arp, RateLimiter, Tenant, check_anchor, check_re
 from controlplane.ranking import Ranking
 from controlplane.resolver import Candidate, Exclusion, Resolution, resolve
 from controlplane.store import Sink
+from controlplane.values import value
 
 PAGE = "PAGE"  # the cause of a session's first lease
 PREEMPTION = "preemption:"  # a lock
 NO_CHOICE = Resolution((), (), ())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class SinkRequest:
     """Where notices about a session shall go; the credential is JSON, and a secret."""
 
@@ -40,7 +41,7 @@ class SinkRequest:
     credential: str | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class Page:
     """A request by intent."""
 
@@ -51,7 +52,7 @@ class Page:
     sink: SinkRequest | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(frozen=True, slots=True, kw_only=True)
 class QosRequest:
     """A request for QoS alone: the application knows its server (CAMARA Quality-on-Demand)."""
 
@@ -437,7 +438,7 @@ class _NotReadyError(Exception):
     """An anchor did not say that it is ready."""
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Again:
     """What is different when a session is paged for anew."""
 
@@ -446,7 +447,7 @@ class _Again:
     not_aisi: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class _Ask:
     """What is asked for at one candidate."""
 

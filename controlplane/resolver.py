@@ -18,6 +18,7 @@ from enum import StrEnum
 
 from controlplane.catalogue import Anchor, Catalogue, Hosting, Service
 from controlplane.intent import Intent
+from controlplane.values import value
 
 LATENCY_SCALE_MS = 100.0
 COST_SCALE = 10.0
@@ -32,7 +33,7 @@ class AnchorState(StrEnum):
     DOWN = "DOWN"
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class AnchorView:
     """An anchor as it is now."""
 
@@ -44,7 +45,7 @@ class AnchorView:
     ready_aisis: frozenset[str] | None  # None: it does not say, and must be asked
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Candidate:
     """A service at an anchor that satisfies every hard constraint."""
 
@@ -55,7 +56,7 @@ class Candidate:
     ready: bool | None  # whether the anchor has said so; None: it must be asked
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Exclusion:
     """A service at an anchor that does not, and which constraint says so."""
 
@@ -65,7 +66,7 @@ class Exclusion:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
+@value(frozen=True, slots=True)
 class Resolution:
     """Candidates, best first, and exclusions.
 
