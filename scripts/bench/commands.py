@@ -9,6 +9,10 @@ COMMANDS = {
         "scripts.bench.install:command",
         "One COMMIT into the kernel: packed, pyroute2, nft command.",
     ),
+    "control": (
+        "scripts.bench.control:command",
+        "Pages over HTTP and in process, evidence, memory.",
+    ),
     "forwarding": (
         "scripts.bench.forwarding:command",
         "Packets per second: steered against plain forwarding.",
@@ -18,7 +22,7 @@ COMMANDS = {
 
 @click.group(cls=LazyGroup, commands_at=COMMANDS)
 def group() -> None:
-    """Measure what the gate costs, in network namespaces of its own.
+    """Measure what gate and control plane cost, in network namespaces of their own.
 
     Every comparison is between arms interleaved in one run: believe the ratios, and compare
     absolute figures only with those of the same machine.

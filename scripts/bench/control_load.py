@@ -1,0 +1,131 @@
+"""The load of `bench control` over HTTP, in a process of its own.
+
+    python -m scripts.bench.control_load SOCKET '{"mode": "closed", "clients": 64, ...}'
+
+Requests go over the operator's Unix socket, on connections that are kept. An open loop takes each
+latency from when the request was due, so that a stall is counted for all that it delayed. One line
+of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+import httptools
+import uvloop
+
+from scripts.bench.control_world import ANCHOR, TASKS
+
+LEASE_MS = 3_600_000
+
+
+class Connection:
+    """One HTTP/1.1 connection; one request at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, path: str) -> Connection:
+        """Connect to a Unix socket."""
+        return cls(*await asyncio.open_unix_connection(path))
+
+    async def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        """Return status and body of the answer."""
+        data = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(data)}\r\n"
+        self._writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + data)
+        answer = _Answer()
+        parser = httptools.HttpResponseParser(answer)
+        while not answer.complete:
+            chunk = await self._reader.read(65_536)
+            if not chunk:
+                raise ConnectionError("the daemon closed the connection")
+            parser.feed_data(chunk)
+        return parser.get_status_code(), b"".join(answer.parts)
+
+    async def page(self, number: int) -> str:
+        """Page for UE `number`; return the session id."""
+        intent = {"task": TASKS[0], "durationMs": LEASE_MS}
+        body = {"ue": f"ue{number}", "intent": intent}
+        status, answer = await self.request("POST", "/sessions", body)
+        if status != 201:
+            raise RuntimeError(f"page {number}: {status}: {answer[:500]!r}")
+        session_id: str = json.loads(answer)["sessionId"]
+        return session_id
+
+    async def release(self, session_id: str) -> None:
+        """Release a session."""
+        status, answer = await self.request("DELETE", f"/sessions/{session_id}")
+        if status != 204:
+            raise RuntimeError(f"release: {status}: {answer[:500]!r}")
+
+    async def beat(self) -> None:
+        """Send the anchor's heartbeat for it."""
+        ready = [f"bench.{task}" for task in TASKS]
+        body = {"load": 0.1, "readyAisis": ready, "bootId": "bench"}
+        await self.request("POST", f"/anchors/{ANCHOR}/heartbeat", body)
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.complete = False
+        self.parts: list[bytes] = []
+
+    def on_body(self, part: bytes) -> None:
+        self.parts.append(part)
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+
+
+async def run(path: str, load: dict[str, Any]) -> dict[str, Any]:
+    """Apply a load; return latencies (ms) and what it took (s)."""
+    keeper = await Connection.open(path)
+    await keeper.beat()
+    numbers = iter(range(load["first"], load["first"] + load["count"]))
+    clients = [await Connection.open(path) for _ in range(load["clients"])]
+    latencies_ms: list[float] = []
+    started = time.perf_counter()
+
+    async def closed(client: Connection) -> None:
+        for number in numbers:
+            began = time.perf_counter()
+            session_id = await client.page(number)
+            if load["mode"] == "pairs":
+                await client.release(session_id)
+            latencies_ms.append((time.perf_counter() - began) * 1000)
+
+    async def opened() -> None:
+        free: asyncio.Queue[Connection] = asyncio.Queue()
+        for client in clients:
+            free.put_nowait(client)
+        tasks = []
+
+        async def one(number: int, due: float) -> None:
+            client = await free.get()
+            await client.page(number)
+            latencies_ms.append((time.perf_counter() - due) * 1000)
+            free.put_nowait(client)
+
+        for order, number in enumerate(numbers):
+            due = started + order / load["rate_per_s"]
+            if (wait_s := due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait_s)
+            tasks.append(asyncio.create_task(one(number, due)))
+        await asyncio.gather(*tasks)
+
+    if load["mode"] == "open":
+        await opened()
+    else:
+        await asyncio.gather(*map(closed, clients))
+    return {"took_s": time.perf_counter() - started, "latencies_ms": latencies_ms}
+
+
+if __name__ == "__main__":
+    print(json.dumps(uvloop.run(run(sys.argv[1], json.loads(sys.argv[2])))))
