@@ -97,4 +97,9 @@ def owned(request: Request, caller: Caller, session_id: str) -> Session:
 
 
 Identified = Annotated[Caller, Depends(identify)]
-Plane = Annotated[ControlPlane, Depends(plane_of)]
+async def _plane(request: Request) -> ControlPlane:
+    """Like `plane_of`; FastAPI would call a plain function in a thread."""
+    return plane_of(request)
+
+
+Plane = Annotated[ControlPlane, Depends(_plane)]
