@@ -5,7 +5,6 @@ kernel until their deadlines, and the next start rebuilds itself from its store.
 """
 
 import contextlib
-import gc
 import json
 import logging
 import resource
@@ -20,7 +19,7 @@ import uvloop
 from fastapi import FastAPI
 from pydantic import Field, TypeAdapter
 
-from controlplane import logs
+from controlplane import logs, memory
 from controlplane.admission import Rates
 from controlplane.body_limit import BodyLimit
 from controlplane.catalogue import Catalogue, load_catalogue
@@ -231,8 +230,7 @@ def _raise_file_limit() -> None:
 
 
 def _ready() -> None:
-    gc.collect()
-    gc.freeze()  # what is here now stays: keep it out of every later collection
+    memory.settle()
     print(json.dumps({"event": "ready"}), flush=True)
 
 
