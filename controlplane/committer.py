@@ -160,7 +160,13 @@ class Committer:
                 waiting.done = asyncio.get_running_loop().create_future()
                 with suppress(asyncio.CancelledError, StoreError, EnforcementError):
                     await waiting.done
-            raise
+            if waiting.refused is None:
+                raise
+            # What is durable and not enforced must be ended; cancelled again while that goes on.
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
+                task.cancel()
+            raise waiting.refused from None
 
     async def sample(self, leases: Sequence[Lease]) -> None:
         """Read the counts of leases that are about to expire, while the kernel has them."""

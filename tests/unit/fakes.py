@@ -193,6 +193,9 @@ class World:
                     task.cancel()
                 await asyncio.sleep(0)
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._running is not None:
+                with suppress(asyncio.CancelledError, Exception):
+                    await self._running.aclose()  # nothing is left for it to do
         self.store.full = False
         self.store.close()
         self._running = None
