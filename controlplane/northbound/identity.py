@@ -96,10 +96,10 @@ def owned(request: Request, caller: Caller, session_id: str) -> Session:
     return session
 
 
-Identified = Annotated[Caller, Depends(identify)]
 async def _plane(request: Request) -> ControlPlane:
     """Like `plane_of`; FastAPI would call a plain function in a thread."""
     return plane_of(request)
 
 
+Identified = Annotated[Caller, Depends(identify)]
 Plane = Annotated[ControlPlane, Depends(_plane)]
