@@ -1,6 +1,5 @@
 """The HTTP application: all resources, their errors, and the OpenAPI document."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +24,11 @@ from controlplane.northbound import (
     sessions,
     tokens,
 )
+from controlplane.northbound.direct import DirectPages
 from controlplane.northbound.plane import ControlPlane
-from controlplane.northbound.problem import Problem, problem, refused
+from controlplane.northbound.problem import Problem, of_error, problem
 from controlplane.store import StoreError
 
-log = logging.getLogger(__name__)
 _CAUSE_OF_STATUS = {404: "NO_SUCH_RESOURCE", 405: "METHOD_NOT_ALLOWED"}
 
 
@@ -44,14 +43,15 @@ def create_app(plane: ControlPlane, lifespan: "Lifespan | None" = None) -> FastA
         redoc_url=None,
         dependencies=[Depends(_only_known_parameters)],
         exception_handlers={
-            Refusal: _on_refusal,
+            Refusal: _on_error,
             RequestValidationError: _on_invalid,
             HTTPException: _on_http,
-            StoreError: _on_store,
-            EnforcementError: _on_enforcement,
+            StoreError: _on_error,
+            EnforcementError: _on_error,
         },
     )
     app.state.plane = plane
+    app.add_middleware(DirectPages, plane=plane)
     for module in (sessions, anchors, operations, events, evidence, tokens):
         app.include_router(module.router)
     app.include_router(camara_qod.router, prefix=f"/quality-on-demand/{camara_qod.VERSION}")
@@ -78,9 +78,8 @@ def _describe_problems(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _on_refusal(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return refused(error)
+async def _on_error(request: Request, error: Exception) -> Response:
+    return of_error(error)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
@@ -131,13 +130,3 @@ async def _only_known_parameters(request: Request) -> None:
         unknown = [name[:64] for name in request.query_params if name not in known]
         if unknown:
             raise Refusal("INVALID", f"there is no parameter {unknown[0]}")
-
-
-async def _on_store(request: Request, error: Exception) -> Response:
-    log.error("%s", error)
-    return problem("STORE_FAILED", "the evidence log cannot be used")
-
-
-async def _on_enforcement(request: Request, error: Exception) -> Response:
-    log.error("%s", error)
-    return problem("ENFORCEMENT_FAILED", str(error))

@@ -3,9 +3,12 @@
 Session fields are CAMARA Quality-on-Demand's where it has a word for them.
 """
 
-from dataclasses import asdict
 from typing import Any
 
+import orjson
+from starlette.responses import JSONResponse
+
+from controlplane.addresses import text_of
 from controlplane.answers import Grant
 from controlplane.catalogue import Anchor
 from controlplane.clock import Clock, rfc3339
@@ -18,6 +21,14 @@ STATUS_INFO = {
     EndReason.EXPIRED: "DURATION_EXPIRED",
     EndReason.RELEASED: "DELETE_REQUESTED",
 }  # CAMARA; everything else is NETWORK_TERMINATED
+
+
+class Json(JSONResponse):
+    """JSON, written in a tenth of the time; dataclasses are objects."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the body."""
+        return orjson.dumps(content)
 
 
 def commit(clock: Clock, held: Lease) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def grant(controller: Controller, granted: Grant) -> dict[str, Any]:
         "ue": terms.ue,
         "aisi": terms.aisi,
         "model": service.model,
-        "serviceAddress": {"ipv4": str(service.address4), "ipv6": str(service.address6)},
+        "serviceAddress": {"ipv4": text_of(service.address4), "ipv6": text_of(service.address6)},
         "servicePort": service.port,
         "qosProfile": terms.qos_profile,
         **qos_status(controller, found),
@@ -109,7 +120,7 @@ def grant(controller: Controller, granted: Grant) -> dict[str, Any]:
             }
             for candidate in granted.resolution.candidates
         ],
-        "excluded": [asdict(exclusion) for exclusion in granted.resolution.excluded],
+        "excluded": granted.resolution.excluded,
     }
     if granted.token is not None:
         document["aist"] = granted.token

@@ -1,5 +1,6 @@
 """Errors as RFC 9457 problem details, with a 3GPP-style `cause` (TS 29.571, ProblemDetails)."""
 
+import logging
 from dataclasses import asdict
 from http import HTTPStatus
 from math import ceil
@@ -9,7 +10,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from controlplane.answers import Refusal
+from controlplane.enforcement import EnforcementError
+from controlplane.store import StoreError
 
+log = logging.getLogger(__name__)
 PROBLEM_JSON = "application/problem+json"
 STATUS_OF_CAUSE = {
     "MALFORMED": HTTPStatus.BAD_REQUEST,
@@ -84,6 +88,21 @@ def refused(refusal: Refusal) -> JSONResponse:
     if refusal.cause == "UNAUTHENTICATED":
         headers["www-authenticate"] = 'Bearer realm="ai-paging"'
     return problem(refusal.cause, str(refusal), headers, **members)
+
+
+def of_error(error: Exception) -> JSONResponse:
+    """Build the response for what a transaction may raise. Others are raised again."""
+    match error:
+        case Refusal():
+            return refused(error)
+        case StoreError():
+            log.error("%s", error)
+            return problem("STORE_FAILED", "the evidence log cannot be used")
+        case EnforcementError():
+            log.error("%s", error)
+            return problem("ENFORCEMENT_FAILED", str(error))
+        case _:
+            raise error
 
 
 class Problem(BaseModel):

@@ -100,7 +100,7 @@ async def create(
     document = documents.grant(plane.controller, granted)
     status = 201 if granted.timeline is not None else 200
     headers = {"location": f"/sessions/{document['sessionId']}", "cache-control": "no-store"}
-    return JSONResponse(document, status, headers)
+    return documents.Json(document, status, headers)
 
 
 @router.get("/sessions", summary="List live sessions", responses=responses(400, 401, 403))
@@ -208,7 +208,7 @@ async def relocate(
     granted = await plane.relocator.relocate(
         session.session_id, body.target, break_before_make=body.break_before_make
     )
-    return JSONResponse(
+    return documents.Json(
         documents.grant(plane.controller, granted), headers={"cache-control": "no-store"}
     )
 
