@@ -11,7 +11,7 @@ import inspect
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -357,7 +357,7 @@ def scenario(**options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, None
     return decorate
 
 
-async def all_of(*work: Coroutine[Any, Any, Any]) -> list[Any]:
+async def all_of(*work: Awaitable[Any]) -> list[Any]:
     """Do all at once; return what came of each: an answer or an exception."""
     return await asyncio.gather(*work, return_exceptions=True)
 

@@ -7,11 +7,11 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from fakes import UES, World, all_of, cancelled, lease_id, scenario, until
+from fakes import UES, World, all_of, lease_id, opens, scenario, until
 
 from controlplane.answers import Grant, Refusal
 from controlplane.committer import ACKNOWLEDGE_S, MAX_CHANGES, Change, Done
-from controlplane.enforcement import EnforcementError, Install, Operation
+from controlplane.enforcement import Install, Operation
 from controlplane.facts import UeMoved
 from controlplane.lease import EndReason, State
 from controlplane.ledger import Ledger
@@ -167,13 +167,21 @@ async def test_who_is_cancelled_returns_when_it_is_known(
         await asyncio.sleep(0)
     assert not paging.done()
     assert world.controller.locks.held("ue1")
-    error = StoreError("full") if held_at == "disk" else EnforcementError("no")
-    gate.shut = False
-    gate.let(error if how == "it fails" else None)
-    await all_of(cancelled(paging))
+    if how == "it fails" and held_at == "disk":
+        world.store.full = True
+    elif how == "it fails":
+        world.enforcer.refuse = opens
+    gate.open()
+    await all_of(paging)
+    world.store.full = False
     assert paging.cancelled()
     assert not world.controller.locks.held("ue1")
     await world.sleep(10)
+    granted = [] if how == "it fails" else [State.COMMITTED]
+    if held_at == "kernel":  # what was durable is ended, although its caller has left
+        granted = granted or [EndReason.NOT_ENFORCED]
+    assert list(world.reasons()) == granted
+    assert len(world.enforcer.steering()) == (how == "it works")
     world.check_pools()
 
 

@@ -183,21 +183,20 @@ async def test_if_the_kernel_refuses_even_to_close_its_timeouts_do(world: World)
 
 
 @scenario()
-async def test_repair_does_not_undo_what_is_on_its_way(world: World) -> None:
-    """A lease that is durable, and not yet in the kernel, is neither removed nor made twice."""
-    first = await world.page()
-    world.enforcer.refuse = lambda operations: not opens(operations)
-    await all_of(world.release(first))
-    world.enforcer.refuse = lambda operations: False
+async def test_repair_waits_for_what_is_on_its_way(world: World) -> None:
+    """What is durable, and not in the kernel yet, is not for a repair to do."""
+    grant = await world.page()
     world.enforcer.gate.shut = True
-    second = asyncio.create_task(world.page("ue2"))
+    moving = asyncio.create_task(world.relocate(grant))
     await until(lambda: world.enforcer.gate.waiting)
-    for _ in range(20):  # the repair is due, and waits for its turn
+    world.trace.clear()
+    world.controller._disagree()
+    for _ in range(20):
         await asyncio.sleep(0)
     world.enforcer.gate.open()
-    grant = await second
-    moved = await world.relocate(grant)
+    moved = await moving
     await world.sleep(10)
+    assert world.trace == ["Move", "reconcile"]
     assert world.enforcer.steering() == {lease_id(moved): moved.lease.deadline_ns}
 
 
