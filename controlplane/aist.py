@@ -4,8 +4,8 @@ The controller issues, anchors check with the public keys alone (`controlplane.v
 is scoped to one UE, one AISI and one lease, and never outlives that lease.
 """
 
-import secrets
 from collections.abc import Sequence
+from os import urandom
 
 from controlplane.keys import NS_PER_S, SigningKey
 from controlplane.keys import generate_key as generate_key
@@ -53,7 +53,7 @@ def issue(
             "aud": aisi,
             "nbf": now_unix_ns // NS_PER_S,
             "exp": expires_unix_s,
-            "jti": secrets.token_hex(16),
+            "jti": urandom(16).hex(),
             "scope": task,
             "aisi": aisi,
             "lease": lease_id,

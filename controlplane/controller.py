@@ -7,6 +7,7 @@ another; those of different UEs share a write and a kernel batch. The transactio
 """
 
 import hashlib
+import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -237,7 +238,7 @@ class Controller:
         key: str | None = None,
     ) -> Terms:
         """Write the terms of a new lease; without `session_id`, of a new session."""
-        unique = secrets.token_hex(24)
+        unique = os.urandom(24).hex()
         return Terms(
             lease_id=unique[:16],
             session_id=session_id or _uuid4(unique[16:]),
