@@ -305,8 +305,11 @@ class Committer:
         """Keep the uplink counts of leases that are superseded: the flip takes their elements."""
         old = [operation.old for operation in operations if isinstance(operation, Move)]
         if old:
+            now_ns = self._clock.now_ns()
             with suppress(EnforcementError):
-                self._carried |= await self._enforcer.usage(old)
+                for lease_id, counted in (await self._enforcer.usage(old)).items():
+                    self._carried[lease_id] = counted
+                    self._sampled[lease_id] = _Counts(counted, now_ns)  # if none can be read later
 
     def _whole(self, lease: Lease, counted: Usage) -> Usage | None:
         """Return a lease's whole usage; None if its uplink was counted by an earlier process."""

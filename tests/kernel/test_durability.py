@@ -1,0 +1,431 @@
+"""SIGKILL at any instant: what was acknowledged is there, the rest is whole or absent.
+
+A control plane in a process of its own, real store, real gate, clients that hammer it with pages,
+relocations and releases. It is killed at each boundary between steps, and at random; then started
+again, and log, ledger and kernel are compared with what the clients had been told.
+AIPAGING_TEST_KILLS sets how often (by default, 36).
+"""
+
+import asyncio
+import json
+import os
+import random
+import select
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from controlplane.admission import Rates
+from controlplane.answers import Refusal
+from controlplane.catalogue import Catalogue
+from controlplane.clock import Clock, parse_rfc3339
+from controlplane.codec import Codec
+from controlplane.controller import Settings, Subscriber
+from controlplane.entries import UTC_CLOCK
+from controlplane.intent import Intent
+from controlplane.keys import KeyRing, generate_key, load_private_key
+from controlplane.lease import Committed, DrainStarted, Ended, Prepared, State
+from controlplane.northbound.plane import ControlPlane
+from controlplane.paging import Page
+from controlplane.policy import Tenants
+from controlplane.service import Network, Options, Service
+from controlplane.sqlite_outbox import SqliteOutbox
+from controlplane.sqlite_store import SqliteStore
+from controlplane.store import Write
+from controlplane.verification import verify_log
+from upf.config import AnchorPort, GateConfig
+from upf.features import probe
+from upf.gate import Gate
+from upf.local import LocalUserPlane
+from upf.netns import Namespace
+
+pytestmark = pytest.mark.kernel
+
+KILLS = int(os.environ.get("AIPAGING_TEST_KILLS", "36"))
+# Where it kills itself; "random" is killed from outside.
+POINTS = (
+    *("before write", "in transaction", "before commit", "after write"),
+    *("before kernel", "after kernel", "before answer", "random", "random"),
+)
+SERIES = 18  # kills of one control plane
+UES = 24
+TASK = "text-generation"
+ANCHORS = ("edge1", "edge2")
+LIFE_S = 10.0  # at most so long one lives
+
+CATALOGUE = Catalogue.model_validate(
+    {
+        "qos_profiles": [{"name": "QOS_E", "guaranteed_share": 0.5}],
+        "services": [
+            {
+                **{"aisi": "chat", "task": TASK, "model": "m"},
+                **{"address4": "198.18.0.1", "address6": "fd00:a151::1"},
+            }
+        ],
+        "anchors": [
+            {
+                **{"name": name, "region": "n", "trust_tier": 3, "slots": 1000, "cost": 1.0},
+                "hosts": [{"aisi": "chat", "service_time_ms": 1.0}],
+            }
+            for name in ANCHORS
+        ],
+    }
+)
+GATE = GateConfig(
+    n3_interfaces=("n3",),
+    anchors=tuple(
+        AnchorPort(
+            name=name,
+            interface=f"n6-{number}",
+            address4=IPv4Address(f"10.47.{number}.2"),
+            address6=IPv6Address(f"fd00:47:{number}::2"),
+        )
+        for number, name in enumerate(ANCHORS, start=1)
+    ),
+    attachments=(),
+    qos_classes={"QOS_E": 0x10020},
+)
+SUBSCRIBERS = [
+    Subscriber(f"ue{n}", IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n:x}"), "gnb1")
+    for n in range(1, UES + 1)
+]
+
+
+class Ready:
+    """Anchors that are asked, and ready: preparations are durable meanwhile."""
+
+    async def ready(self, anchor: str, aisi: str) -> bool:
+        await asyncio.sleep(0)
+        return True
+
+
+class Fuse:
+    """Kills this process the nth time that `at` names its point."""
+
+    def __init__(self, point: str, times: int) -> None:
+        self._point = point
+        self._left = times
+
+    def at(self, point: str) -> None:
+        if point == self._point:
+            self._left -= 1
+            if self._left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FusedStore(SqliteStore):
+    """The store, with the fuse at its steps."""
+
+    fuse: Fuse
+
+    def write(self, write: Write) -> None:
+        self.fuse.at("before write")
+        self.connection.set_trace_callback(self._traced)
+        super().write(write)
+        self.fuse.at("after write")
+
+    def _traced(self, statement: str) -> None:
+        if statement.startswith("INSERT"):
+            self.fuse.at("in transaction")
+        elif statement.startswith("COMMIT"):
+            self.fuse.at("before commit")
+
+
+class FusedPlane(LocalUserPlane):
+    """The user plane, with the fuse around it."""
+
+    fuse: Fuse
+
+    async def apply(self, operations: Any) -> None:
+        self.fuse.at("before kernel")
+        await super().apply(operations)
+        self.fuse.at("after kernel")
+
+
+def service(folder: Path, netns: str, undo: ExitStack, fuse: Fuse) -> Service:
+    """Put a control plane together over what is left of the one before."""
+    gate = undo.enter_context(
+        closing(Gate(netns, GATE, in_place_renewal=probe_once().in_place_renewal))
+    )
+    store = undo.enter_context(closing(FusedStore(folder / "control.db")))
+    plane = FusedPlane(gate)
+    store.fuse = plane.fuse = fuse
+    key = folder / "evidence.key"
+    return Service(
+        catalogue=CATALOGUE,
+        network=Network(
+            subscribers=SUBSCRIBERS,
+            cells={"gnb1": Rates(None, None)},
+            attachment_points=ANCHORS,
+            anchor_addresses={},
+        ),
+        tenants=Tenants(),
+        store=store,
+        outbox=SqliteOutbox(store),
+        keys=KeyRing.open(folder / "keys", time.time_ns()),
+        evidence_key=load_private_key(key) if key.exists() else generate_key(key),
+        enforcer=plane,
+        gateway=Ready(),
+        clock=Clock(),
+        options=Options(settings=Settings(drain_ms=50)),
+    )
+
+
+FEATURES: list[Any] = []
+
+
+def probe_once() -> Any:
+    if not FEATURES:
+        FEATURES.append(probe())
+    return FEATURES[0]
+
+
+def in_child(work: Callable[[int], None]) -> tuple[int, int]:
+    """Run `work` in a child with a pipe to write to; return its pid and our end of the pipe."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        return child, read
+
+    status = 1
+    try:
+        os.close(read)
+        work(write)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def wish(ue: str, key: str) -> Page:
+    """Return the request of a UE under a key."""
+    intent = Intent.model_validate({"task": TASK, "durationMs": 600_000})
+    return Page(tenant="operator", ue=ue, intent=intent, key=key)
+
+
+def hammer(folder: Path, netns: str, fuse: Fuse, round_number: int, told: int) -> None:
+    """Serve clients until killed; each answer is written to `told` once the client has it."""
+
+    def tell(**what: Any) -> None:
+        os.write(told, json.dumps(what).encode() + b"\n")  # short: one piece
+
+    async def client(plane: ControlPlane, ue: str, chance: random.Random) -> None:
+        number = 0
+        while True:
+            number += 1
+            key = f"{round_number}.{ue}.{number}"
+            tell(asked=key, ue=ue)
+            try:
+                granted = await plane.pager.page(wish(ue, key))
+            except Refusal as refusal:  # of a session that the round before left: see below
+                assert refusal.cause == "SESSION_EXISTS", refusal
+                tell(refused=key)
+            else:
+                fuse.at("before answer")
+                terms = granted.lease.terms
+                tell(granted=terms.lease_id, session=terms.session_id, key=key)
+            for session in plane.controller.ledger.sessions(ue=ue):
+                if chance.random() < 0.6:
+                    moved = await plane.relocator.relocate(session.session_id)
+                    fuse.at("before answer")
+                    tell(granted=moved.lease.terms.lease_id, session=session.session_id)
+                if chance.random() < 0.6:
+                    await plane.controller.release(session.session_id)
+                    fuse.at("before answer")
+                    tell(released=session.session_id)
+
+    async def serve() -> None:
+        with ExitStack() as undo:
+            async with service(folder, netns, undo, fuse).running() as plane:
+                tell(serves=True)
+                chances = [random.Random(f"{round_number}.{n}") for n in range(UES)]
+                await asyncio.gather(
+                    *(
+                        client(plane, subscriber.ue, chance)
+                        for subscriber, chance in zip(SUBSCRIBERS, chances, strict=True)
+                    )
+                )
+
+    asyncio.run(serve())
+
+
+def inspect(folder: Path, netns: str, unanswered: dict[str, str], told: int) -> None:
+    """Start again, retry what was not answered, and tell what there is."""
+
+    async def look() -> None:
+        with ExitStack() as undo:
+            made = service(folder, netns, undo, Fuse("never", 1))
+            async with made.running() as plane:
+                ledger = plane.controller.ledger
+                enforced = {(await_.lease_id, await_.anchor) for await_ in gate_of(made)}
+                committed = {
+                    (held.terms.lease_id, held.terms.anchor)
+                    for held in ledger.live()
+                    if held.state is State.COMMITTED
+                }
+                sessions = {}
+                for key, ue in unanswered.items():
+                    with suppress(Refusal):  # it came to nothing, and there is another session
+                        granted = await plane.pager.page(wish(ue, key))
+                        sessions[key] = granted.lease.terms.session_id
+            found = json.dumps(
+                {
+                    "enforced": sorted(enforced),
+                    "committed": sorted(committed),
+                    "retried": sessions,
+                }
+            )
+            (folder / "found.json").write_text(found)
+            lines = b"".join(made.plane.log.read(0, made.plane.log.size))
+            (folder / "log.jsonl").write_bytes(lines)
+        os.write(told, b"done\n")
+
+    asyncio.run(look())
+
+
+def gate_of(made: Service) -> list[Any]:
+    enforcer = made.plane.controller.enforcer
+    assert isinstance(enforcer, FusedPlane)
+    return enforcer._gate.enforced()
+
+
+def answers(read: int, child: int, until_s: float, kill_after_s: float | None) -> Iterator[Any]:
+    """Yield what the child tells until it is dead; kill it some time after it serves, if asked."""
+    rest, serves_at = b"", None
+    deadline = time.monotonic() + until_s
+    while True:
+        now = time.monotonic()
+        due = serves_at is not None and kill_after_s is not None and now > serves_at + kill_after_s
+        if due or now > deadline:
+            os.kill(child, signal.SIGKILL)
+        if not select.select([read], [], [], 0.002)[0]:
+            continue
+        data = os.read(read, 65_536)
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            serves_at = now if "serves" in message else serves_at
+            yield message
+    os.close(read)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, "it failed before it was killed"
+
+
+def check(folder: Path, told: list[Any], earlier: dict[str, str]) -> None:
+    """Compare what clients were told, ever, with log, ledger and kernel."""
+    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    verdict = verify_log(lines, None)
+    assert not verdict.problems, [str(problem) for problem in verdict.problems[:5]]
+    found = json.loads((folder / "found.json").read_text())
+    # The kernel holds what the ledger says, both families of each lease, and nothing else.
+    assert found["enforced"] == found["committed"]
+    codec, granted, ended = Codec(UTC_CLOCK), set(), set()
+    prepared: dict[str, Prepared] = {}
+    at: dict[str, int] = {}
+    for line in lines:
+        members = json.loads(line)
+        event = codec.decode(members)
+        match event:
+            case Prepared(terms, _):
+                prepared[terms.lease_id] = event
+            case Committed(lease_id, _):
+                granted.add(lease_id)
+                at[lease_id] = parse_rfc3339(members["at"])
+            case DrainStarted(lease_id, _):
+                # A flip is whole: the lease that takes over is granted in the same write.
+                session = prepared[lease_id].terms.session_id
+                others = [
+                    other
+                    for other, when in at.items()
+                    if prepared[other].terms.session_id == session
+                    and other != lease_id
+                    and when == parse_rfc3339(members["at"])
+                ]
+                assert others, f"lease {lease_id} drains for nobody"
+            case Ended(lease_id, _):
+                ended.add(lease_id)
+            case _:
+                pass
+    for message in told:
+        if "granted" in message:
+            assert message["granted"] in granted, f"{message} was acknowledged and is not there"
+        if "released" in message:
+            of_session = [
+                lease_id
+                for lease_id, event in prepared.items()
+                if event.terms.session_id == message["released"]
+            ]
+            assert set(of_session) <= ended, f"{message} was acknowledged and did not happen"
+    # The same request under the same key, before the kill and after, is one granted session.
+    of_key: dict[str, set[str]] = {}
+    for lease_id in granted:
+        terms = prepared[lease_id].terms
+        if terms.key is not None:
+            of_key.setdefault(terms.key, set()).add(terms.session_id)
+    assert all(len(made) == 1 for made in of_key.values())
+    for key, session in found["retried"].items():
+        assert earlier.setdefault(key, session) == session
+
+
+def kill_again_and_again(tmp_path: Path, numbers: range, died: Counter[str]) -> tuple[int, int]:
+    """Kill one control plane so many times; return how many grants and releases were kept."""
+    chance = random.Random(numbers.start)
+    told: list[Any] = []
+    keys: dict[str, str] = {}
+    with Namespace() as namespace:
+        for number in numbers:
+            point = POINTS[number % len(POINTS)]
+            fuse = Fuse(point, chance.randint(1, 60))
+            kill_after_s = chance.uniform(0, 0.25) if point == "random" else None
+
+            def work(pipe: int, fuse: Fuse = fuse, number: int = number) -> None:
+                hammer(tmp_path, namespace.path, fuse, number, pipe)
+
+            child, read = in_child(work)
+            asked: dict[str, str] = {}
+            for message in answers(read, child, LIFE_S, kill_after_s):
+                told.append(message)
+                if "asked" in message:
+                    asked[message["asked"]] = message["ue"]
+                elif "refused" in message:
+                    del asked[message["refused"]]
+                elif "key" in message:
+                    keys[message["key"]] = message["session"]
+                    asked.pop(message["key"], None)
+            died[point] += 1
+
+            def look(pipe: int, asked: dict[str, str] = asked) -> None:
+                inspect(tmp_path, namespace.path, asked, pipe)
+
+            child, read = in_child(look)
+            with os.fdopen(read, "rb") as pipe:
+                assert pipe.read() == b"done\n", f"round {number} ({point}) did not start again"
+            os.waitpid(child, 0)
+            check(tmp_path, told, keys)
+    return sum("granted" in message for message in told), sum(
+        "released" in message for message in told
+    )
+
+
+def test_it_may_be_killed_at_any_instant(tmp_path: Path) -> None:
+    probe_once()
+    died: Counter[str] = Counter()
+    granted = released = 0
+    for first in range(0, KILLS, SERIES):  # each on a log of its own, which is verified each time
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        kept = kill_again_and_again(folder, range(first, min(first + SERIES, KILLS)), died)
+        granted, released = granted + kept[0], released + kept[1]
+    print(f"\n{KILLS} kills ({dict(died)}): {granted} grants and {released} releases kept")
+    assert granted > 10 * KILLS and released > KILLS  # it did something between the kills
