@@ -28,12 +28,15 @@ namespace of the benchmark's own, tokens signed, answers as clients get them. ht
 socket, HTTP/1.1 on kept connections, each page for a UE that has no session. http_page_ms: an open
 loop at --rate pages/s; each latency is taken from the instant at which the page was due. \
 http_pages_per_s: a closed loop of --clients. http_page_release_pairs_per_s: the same with a release
-after each page. inprocess_*: concurrent pages without HTTP; where the time goes is in
-inprocess.*_us_per_page (encode_and_write waits for the disk and overlaps with deciding the next
-pages). without_evidence: the same with a store that forgets, which only this benchmark has. Arms
-follow one another in each round; figures of rounds are medians. memory: resident set before and
-after so many live sessions, in a process of its own. evidence: making, and checking, entries of
-pages (Prepared and Committed) in batches of 512; proofs in a tree of proof_tree_entries."""
+after each page. inprocess_*: concurrent pages without HTTP. without_evidence: the same, and no
+entry is made or written, which only this benchmark does. parts_us_per_page: steps of a page, timed
+one by one in a run of its own; write_and_sync is in the writer's thread, beside all others; parse
+and response are those of HTTP; rest is what the event loop's thread did besides. Arms follow one
+another in each round; figures of rounds are medians. memory: resident set before and after so many
+live sessions, in a process of its own. evidence: a log of pages (Prepared and Committed, and
+acknowledgements) made, hashed, and written to the disk in batches of 512, one sync each; then
+verified, links and rules, as `aipaging evidence verify` does. Proofs: in a tree of
+proof_tree_entries."""
 
 START_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 300.0
@@ -65,6 +68,11 @@ class Daemon:
         """Apply a load from another process; return its figures."""
         return _program("scripts.bench.control_load", str(self.socket), load)
 
+    def cpu_s(self) -> float:
+        """Return the CPU time that the daemon has taken, s."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def _stop(self) -> None:
         self._process.terminate()
         try:
@@ -83,6 +91,7 @@ def measure(
     clients: int,
     concurrency: int,
     sessions: int,
+    entries: int,
     tree_size: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -99,12 +108,27 @@ def measure(
             )
             latencies_ms += opened["latencies_ms"]
             for arm, mode, first in (("pages", "closed", 1), ("pairs", "pairs", 2)):
+                before_s = daemon.cpu_s()
                 done = daemon.load(mode=mode, clients=clients, first=first * pages, count=pages)
                 http[arm].append(pages / done["took_s"])
-        for arm, evidence in (("with", True), ("without", False)):
-            asked = {"mode": "pages", "evidence": evidence, "pages": pages * 2}
-            ues = min(pages * 3, MAX_UES)
-            inprocess[arm].append(_process(disk, {**asked, "ues": ues, "concurrency": concurrency}))
+                http[f"{arm}_cpu_us"].append((daemon.cpu_s() - before_s) / pages * 1e6)
+        for arm, mode, evidence in (
+            ("with", "pages", True),
+            ("without", "pages", False),
+            ("parts", "parts", True),
+        ):
+            asked = {
+                "mode": mode,
+                "evidence": evidence,
+                "pages": pages * 2,
+                "ues": min(pages * 3, MAX_UES),
+                "concurrency": concurrency,
+            }
+            inprocess[arm].append(_process(disk, asked))
+    with tempfile.TemporaryDirectory(dir=disk, prefix=".bench-") as folder:
+        evidence_figures = control_evidence.measure(
+            Path(folder), entries=entries, tree_size=tree_size, seed=seed
+        )
     memory = _process(
         disk,
         {
@@ -118,17 +142,17 @@ def measure(
     return {
         "http_page_ms": common.quantiles(latencies_ms),
         "http_pages_per_s": float(np.median(http["pages"])),
+        "http_cpu_us_per_page": float(np.median(http["pages_cpu_us"])),
         "http_page_release_pairs_per_s": float(np.median(http["pairs"])),
         "inprocess_pages_per_s": found["with"]["pages_per_s"],
         "inprocess": found["with"],
         "without_evidence": found["without"],
+        "parts_us_per_page": found["parts"],
         "evidence_us_per_page": found["with"]["us_per_page"] - found["without"]["us_per_page"],
         "evidence_bytes_per_entry": found["with"]["bytes_per_entry"],
         "memory_bytes_per_session": memory["bytes_per_session"],
         "memory_sessions": memory["sessions"],
-        **control_evidence.measure(
-            entries=100_000 if tree_size > 10_000 else 5_000, tree_size=tree_size, seed=seed
-        ),
+        **evidence_figures,
         "filesystem": _filesystem(disk),
         "method": METHOD,
     }
@@ -180,12 +204,16 @@ def show(figures: dict[str, Any]) -> None:
         ("pages/s in process", f"{figures['inprocess_pages_per_s']:,.0f}"),
         ("of it, µs of CPU a page", f"{figures['inprocess']['cpu_us_per_page']:,.0f}"),
         ("evidence, µs a page", f"{figures['evidence_us_per_page']:,.0f}"),
-        ("evidence entries/s", f"{figures['evidence_entries_per_s']:,.0f}"),
+        ("evidence entries/s, durable", f"{figures['evidence_entries_per_s']:,.0f}"),
+        ("evidence entries verified/s", f"{figures['evidence_entries_verified_per_s']:,.0f}"),
         ("evidence bytes/entry", f"{figures['evidence_bytes_per_entry']:,.0f}"),
         ("proofs verified/s", f"{figures['proofs_verified_per_s']:,.0f}"),
         ("memory, bytes/session", f"{figures['memory_bytes_per_session']:,.0f}"),
     ]
     common.print_table("The control plane", ("figure", "value"), rows)
+    parts = figures["parts_us_per_page"].items()
+    steps = [(step.replace("_", " "), f"{us:,.1f}") for step, us in parts]
+    common.print_table("Where the time of a page goes", ("step", "µs"), steps)
 
 
 @click.command()
@@ -221,6 +249,13 @@ def show(figures: dict[str, Any]) -> None:
     help="Live at once, to measure memory.",
 )
 @click.option(
+    "--entries",
+    default=200_000,
+    show_default=True,
+    type=click.IntRange(100, 10_000_000),
+    help="Of the log that is written and verified.",
+)
+@click.option(
     "--tree",
     default=1_000_000,
     show_default=True,
@@ -242,6 +277,7 @@ def command(
     clients: int,
     concurrency: int,
     sessions: int,
+    entries: int,
     tree: int,
     disk: Path,
     seed: int,
@@ -267,6 +303,7 @@ def command(
         "clients": clients,
         "concurrency": concurrency,
         "sessions": sessions,
+        "entries": entries,
         "tree_size": tree,
     }
     figures = measure(disk=disk.resolve(), seed=seed, **options)

@@ -105,7 +105,7 @@ async def run(path: str, load: dict[str, Any]) -> dict[str, Any]:
         free: asyncio.Queue[Connection] = asyncio.Queue()
         for client in clients:
             free.put_nowait(client)
-        tasks = []
+        tasks: list[asyncio.Task[None]] = []
 
         async def one(number: int, due: float) -> None:
             client = await free.get()
@@ -113,11 +113,20 @@ async def run(path: str, load: dict[str, Any]) -> dict[str, Any]:
             latencies_ms.append((time.perf_counter() - due) * 1000)
             free.put_nowait(client)
 
-        for order, number in enumerate(numbers):
-            due = started + order / load["rate_per_s"]
-            if (wait_s := due - time.perf_counter()) > 0:
-                await asyncio.sleep(wait_s)
+        def start(number: int, due: float) -> None:
             tasks.append(asyncio.create_task(one(number, due)))
+
+        loop = asyncio.get_running_loop()
+
+        def schedule() -> None:
+            """In a thread: the event loop's own timers are of whole milliseconds."""
+            for order, number in enumerate(numbers):
+                due = started + order / load["rate_per_s"]
+                time.sleep(max(0, due - time.perf_counter()))
+                loop.call_soon_threadsafe(start, number, due)
+
+        await asyncio.to_thread(schedule)
+        await asyncio.sleep(0)  # the last one has been started
         await asyncio.gather(*tasks)
 
     if load["mode"] == "open":

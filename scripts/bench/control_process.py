@@ -2,8 +2,9 @@
 
     python -m scripts.bench.control_process FOLDER '{"mode": "pages", "pages": 6000, ...}'
 
-`pages`: concurrent pages; with `"evidence": false` nothing is written, which only this benchmark
-does. `memory`: live sessions held at once. One line of JSON at the end.
+`pages`: concurrent pages; with `"evidence": false` no entry is made or written, which only this
+benchmark does. `parts`: the same, with each step timed. `memory`: live sessions held at once. One
+line of JSON at the end.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import uvloop
 
+from controlplane import memory
 from controlplane.clock import Clock
 from controlplane.fleet import Heartbeat
 from controlplane.intent import Intent
@@ -29,7 +32,7 @@ from controlplane.policy import Tenants
 from controlplane.service import Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox
 from controlplane.sqlite_store import SqliteStore
-from controlplane.store import Write
+from scripts.bench.control_parts import WRITE, Parts
 from scripts.bench.control_world import ANCHOR, FAILURE_DETECTION_MS, TASKS, World, catalogue
 from scripts.serve import HttpAnchors, install
 from upf.local import LocalUserPlane
@@ -37,11 +40,8 @@ from upf.local import LocalUserPlane
 LEASE_MS = 3_600_000
 
 
-class Forgetful(SqliteStore):
-    """Writes nothing: what a page costs without evidence. For comparison only."""
-
-    async def append(self, write: Write) -> None:
-        """Do nothing."""
+async def _forget(*_: object) -> None:
+    """In place of writing evidence: what a page costs without. For comparison only."""
 
 
 async def measure(folder: Path, asked: dict[str, Any], world: World, service: Service) -> Any:
@@ -51,11 +51,14 @@ async def measure(folder: Path, asked: dict[str, Any], world: World, service: Se
         await plane.keeper.heartbeat(
             ANCHOR, Heartbeat(boot_id="bench", load=0.1, ready_aisis=aisis)
         )
-        gc.collect()
-        gc.freeze()
+        memory.settle()  # as the daemon does
+        if not asked.get("evidence", True):
+            patch.object(plane.log, "append", _forget).start()
         if asked["mode"] == "memory":
             return await _memory(plane, asked["sessions"], asked["concurrency"])
         await _page_all(plane, 0, asked["pages"] // 10, asked["concurrency"])  # warm
+        if asked["mode"] == "parts":
+            return await _parts(plane, asked["pages"], asked["concurrency"])
         load = plane.controller.committer.load
         before = (load.batches, load.changes, load.encode_ns, load.write_ns, load.kernel_ns)
         started, cpu = time.perf_counter(), time.process_time()
@@ -82,17 +85,33 @@ def _bytes_per_entry(plane: ControlPlane) -> float:
     return sum(len(piece) for piece in plane.log.read(0, size)) / size
 
 
-async def _page_all(plane: ControlPlane, first: int, count: int, concurrency: int) -> None:
+async def _page_all(
+    plane: ControlPlane, first: int, count: int, concurrency: int, parts: Parts | None = None
+) -> None:
     numbers = iter(range(first, first + count))
     ues = len(plane.controller.subscribers)
 
     async def client() -> None:
         for number in numbers:
+            ue, asked = f"ue{number % ues}", {"task": TASKS[number // ues], "durationMs": LEASE_MS}
             # As it comes from HTTP: an object of its own each time.
-            intent = Intent.model_validate({"task": TASKS[number // ues], "durationMs": LEASE_MS})
-            await plane.pager.page(Page(tenant="operator", ue=f"ue{number % ues}", intent=intent))
+            intent = parts.parse(ue, asked).intent if parts else Intent.model_validate(asked)
+            granted = await plane.pager.page(Page(tenant="operator", ue=ue, intent=intent))
+            if parts:
+                parts.answer(plane.controller, granted)
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
+
+
+async def _parts(plane: ControlPlane, pages: int, concurrency: int) -> dict[str, float]:
+    """Return µs a page of each step; `rest` is what the event loop's thread did besides."""
+    parts, started_ns = Parts(), time.thread_time_ns()
+    with parts.watching():
+        await _page_all(plane, pages // 10, pages, concurrency, parts)
+    all_ns = time.thread_time_ns() - started_ns
+    write_ns = parts.ns.pop(WRITE)
+    steps = {**parts.ns, "rest": all_ns - sum(parts.ns.values()), WRITE: write_ns}
+    return {step: ns / pages / 1e3 for step, ns in steps.items()}
 
 
 async def _memory(plane: ControlPlane, sessions: int, concurrency: int) -> dict[str, float]:
@@ -117,8 +136,7 @@ def main() -> None:
         listed = catalogue()
         gate = undo.enter_context(closing(install(world.config, listed)))
         world.config.state.mkdir(mode=0o700)
-        kind = SqliteStore if asked.get("evidence", True) else Forgetful
-        store = undo.enter_context(closing(kind(world.config.state / "control.db")))
+        store = undo.enter_context(closing(SqliteStore(world.config.state / "control.db")))
         clock = Clock()
 
         async def run() -> Any:

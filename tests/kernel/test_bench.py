@@ -110,3 +110,36 @@ def test_impossible_numbers_of_leases(leases: str) -> None:
 @pytest.mark.parametrize(("leases", "expected"), [(1, (1, 1)), (300, (15, 20)), (7, (1, 7))])
 def test_sides(leases: int, expected: tuple[int, int]) -> None:
     assert sides(leases) == expected
+
+
+def test_control_figures(tmp_path: Path) -> None:
+    """A tiny run of all of it: the documented keys are there, and what adds up does."""
+    path = tmp_path / "control.json"
+    disk = Path(__file__).parent  # temporary folders may be in memory
+    sizes = ["--rounds", "1", "--pages", "100", "--sessions", "200", "--concurrency", "32"]
+    more = ["--rate", "400", "--entries", "1500", "--tree", "1000", "--disk", str(disk)]
+    result = CliRunner().invoke(
+        commands.group, ["control", "--json", str(path), *sizes, *more], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(path.read_text())
+    assert found["http_page_ms"]["count"] == 100
+    assert 0 < found["http_page_ms"]["p50"] <= found["http_page_ms"]["p99"]
+    for name in (
+        "http_pages_per_s",
+        "http_page_release_pairs_per_s",
+        "http_cpu_us_per_page",
+        "inprocess_pages_per_s",
+        "evidence_entries_per_s",
+        "evidence_entries_verified_per_s",
+        "proofs_verified_per_s",
+        "memory_bytes_per_session",
+    ):
+        assert found[name] > 0, name
+    assert 300 < found["evidence_bytes_per_entry"] < 1_000
+    assert found["evidence_entries"] >= 1_500
+    assert found["proof_bytes"] == 10 * 32
+    assert 1 < found["inprocess"]["pages_per_batch"] <= 32
+    assert all(us > 0 for us in found["parts_us_per_page"].values())
+    assert found["filesystem"] not in ("tmpfs", "unknown")
+    assert not list(disk.glob(".bench-*"))
