@@ -128,6 +128,12 @@ class FusedStore(SqliteStore):
 
     def write(self, write: Write) -> None:
         self.fuse.at("before write")
+        if LAZY and len(write.lines) > 1:
+            # The negative control: it says that the end of a write is durable, and it is not.
+            kept = self._size + len(write.lines)
+            super().write(Write(write.lines[:1], write.notices, write.sinks))
+            self._size = kept
+            return
         self.connection.set_trace_callback(self._traced)
         super().write(write)
         self.fuse.at("after write")
@@ -180,6 +186,7 @@ def service(folder: Path, netns: str, undo: ExitStack, fuse: Fuse) -> Service:
 
 
 FEATURES: list[Any] = []
+LAZY: list[bool] = []  # not empty: the store lies
 
 
 def probe_once() -> Any:
@@ -429,3 +436,13 @@ def test_it_may_be_killed_at_any_instant(tmp_path: Path) -> None:
         granted, released = granted + kept[0], released + kept[1]
     print(f"\n{KILLS} kills ({dict(died)}): {granted} grants and {released} releases kept")
     assert granted > 10 * KILLS and released > KILLS  # it did something between the kills
+
+
+def test_a_store_that_lies_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    probe_once()
+    monkeypatch.setitem(globals(), "LAZY", [True])
+    with pytest.raises(AssertionError):
+        kill_again_and_again(tmp_path, range(7, 9), Counter())  # at random
+    assert "StoreError" in capfd.readouterr().err  # it did not start again over what is missing
