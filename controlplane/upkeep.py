@@ -30,7 +30,6 @@ from controlplane.store import StoreError
 from controlplane.triggers import Trigger, Triggers
 
 PROBE_NS = 1_000 * NS_PER_MS  # between questions to a failed anchor that sends no heartbeats
-LOOK_NS = 3_600 * NS_PER_S  # between looks at every session; sooner if something went wrong
 MAX_WAIT_S = 60.0
 RETRY_S = 0.1
 MAX_ENDING = 256  # leases that end in one change
@@ -59,7 +58,8 @@ class Keeper:
         self._moving = asyncio.Semaphore(MAX_MOVING)
         self._tasks: set[asyncio.Task[None]] = set()
         self._probe_ns = 0  # when failed anchors are asked next
-        self._look_ns = 0  # when every session is looked at next: did it get what it is due?
+        # When every session is looked at next, because something for it was not done.
+        self._look_ns: int | None = 0
         controller.changed = controller.ledger.deadlines.sooner = self._changed.set
         controller.granted = self._look
         controller.refused = self._refused
@@ -182,8 +182,8 @@ class Keeper:
             log.error("upkeep: %s", error)
             waits_ns.append(int(RETRY_S * NS_PER_S))
         now_ns = clock.now_ns()
-        if now_ns >= self._look_ns:
-            self._look_ns = now_ns + LOOK_NS
+        if self._look_ns is not None and self._look_ns <= now_ns:
+            self._look_ns = None
             for held in ledger.live():
                 self._look(held)
         failed = ledger.fleet.check(now_ns)
@@ -211,7 +211,8 @@ class Keeper:
             for anchor in to_probe:
                 self._start(self._probe(anchor))
         now_ns = clock.now_ns()
-        waits_ns.append(self._look_ns - now_ns)
+        if self._look_ns is not None:
+            waits_ns.append(self._look_ns - now_ns)
         if (attention_ns := ledger.deadlines.next_ns()) is not None:
             waits_ns.append(attention_ns - now_ns)
         if (check_ns := ledger.fleet.next_check_ns) is not None:
