@@ -167,6 +167,8 @@ def asked_once_is_granted_once(log: Log, notes: list[dict[str, Any]]) -> None:
     for one in notes:
         if one.get("asked") == "page":
             assert len(sessions[hashed_key("default", one["key"])]) <= 1
+    # Nobody pages who has a session, as far as it knows: who is told so was not recognised.
+    assert not [one for one in notes if one.get("refused") == "SESSION_EXISTS"]
     for one in notes:  # and every answer, the first and the repeated, is of that session
         if one.get("answered") == "page" and "session" in one:
             assert sessions[hashed_key("default", one["key"])] == {one["session"]}
