@@ -181,7 +181,7 @@ def service(folder: Path, netns: str, undo: ExitStack, fuse: Fuse) -> Service:
         enforcer=plane,
         gateway=Ready(),
         clock=Clock(),
-        options=Options(settings=Settings(drain_ms=50)),
+        options=Options(settings=Settings(drain_ms=500)),
     )
 
 
