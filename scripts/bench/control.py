@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +38,7 @@ another in each round; figures of rounds are medians. memory: resident set befor
 live sessions, in a process of its own. evidence: a log of pages (Prepared and Committed, and
 acknowledgements) made, hashed, and written to the disk in batches of 512, one sync each; then
 verified, links and rules, as `aipaging evidence verify` does. Proofs: in a tree of
-proof_tree_entries."""
+proof_tree_entries. other_work_cores: how many cores other processes kept busy meanwhile."""
 
 START_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 300.0
@@ -96,6 +98,7 @@ def measure(
     seed: int,
 ) -> dict[str, Any]:
     """Measure all of it; return the figures."""
+    others = OtherWork()
     latencies_ms: list[float] = []
     http: dict[str, list[float]] = defaultdict(list)
     inprocess: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -154,8 +157,32 @@ def measure(
         "memory_sessions": memory["sessions"],
         **evidence_figures,
         "filesystem": _filesystem(disk),
+        "other_work_cores": others.cores(),
         "method": METHOD,
     }
+
+
+class OtherWork:
+    """How much of the machine others take: its busy time, without that of this benchmark."""
+
+    def __init__(self) -> None:
+        self._before = self._now()
+
+    def cores(self) -> float:
+        """Return how many cores they have kept busy since the start."""
+        took_s, busy_s, own_s = (
+            now - before for now, before in zip(self._now(), self._before, strict=True)
+        )
+        return max(0.0, busy_s - own_s) / took_s
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        busy_s = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        own_s = sum(one.ru_utime + one.ru_stime for one in used)
+        return time.monotonic(), busy_s, own_s
 
 
 def _medians(taken: list[dict[str, float]]) -> dict[str, float]:
@@ -209,6 +236,7 @@ def show(figures: dict[str, Any]) -> None:
         ("evidence bytes/entry", f"{figures['evidence_bytes_per_entry']:,.0f}"),
         ("proofs verified/s", f"{figures['proofs_verified_per_s']:,.0f}"),
         ("memory, bytes/session", f"{figures['memory_bytes_per_session']:,.0f}"),
+        ("cores that other work kept busy", f"{figures['other_work_cores']:.2f}"),
     ]
     common.print_table("The control plane", ("figure", "value"), rows)
     parts = figures["parts_us_per_page"].items()
