@@ -1,21 +1,22 @@
 """Failure detection: who has been silent for longer than the budget, by a watcher that may stall.
 
 A member is monitored from its first sign of life on. It shall give one every quarter of the budget;
-silence for longer than the budget is failure.
+silence for longer than three quarters of it is failure.
 
 A watcher that stalls must not blame the members, whose signs it could not read, and which may have
 stalled with it. Therefore:
 
 - a check judges by what was known at the check before: the signs given until then have been read by
   now, so whoever was overdue then, and has still not been heard, is silent indeed;
-- a check that comes late puts every deadline off by its lateness, though never past a whole budget
+- a check that comes late puts every deadline off by its lateness, though never past a whole silence
   from now: silence counts only while the watcher keeps time.
 
-Hence a member whose signs are never a budget apart is never found, however long and often the
+Hence a member whose signs are never so far apart is never found, however long and often the
 watcher alone stalls; nor is one that gives a sign every quarter of the budget, if both stall
-together, and not more than some times within one budget. One that dies is found within the budget,
-two intervals between checks (an eighth of the budget each), and the time that the watcher was late.
-All this holds only if one event loop calls `check` and reads the signs of life.
+together, and not more than three times within one budget. One that dies is found within the budget
+and the time that the watcher was late: silence is failure two intervals between checks (an eighth
+of the budget each) before the budget is used up. All this holds only if one event loop calls
+`check` and reads the signs of life.
 """
 
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ class Monitor:
         self.budget_ns = budget_ns
         self.next_check_ns: int | None = None  # None: nobody is monitored
         self._interval_ns = budget_ns // CHECKS_PER_BUDGET
+        # A check finds it, and the next one says so, within the budget.
+        self._silence_ns = budget_ns - 2 * self._interval_ns
         self._checked_ns = 0
         self._watches: dict[str, _Watch] = {}
 
@@ -45,7 +48,7 @@ class Monitor:
 
     def heard(self, name: str, now_ns: int) -> None:
         """Take a sign of life, read at `now_ns`."""
-        self._watches[name] = _Watch(now_ns, now_ns + self.budget_ns)
+        self._watches[name] = _Watch(now_ns, now_ns + self._silence_ns)
         if self.next_check_ns is None:
             self.next_check_ns = now_ns + self._interval_ns
 
@@ -80,5 +83,5 @@ class Monitor:
         }
         for watch in self._watches.values():
             put_off_ns = watch.deadline_ns + now_ns - due_ns
-            watch.deadline_ns = min(put_off_ns, now_ns + self.budget_ns)
+            watch.deadline_ns = min(put_off_ns, now_ns + self._silence_ns)
         return silent

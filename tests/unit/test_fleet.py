@@ -23,6 +23,7 @@ from controlplane.fleet import (
 from controlplane.resolver import AnchorState
 
 BUDGET_MS, INTERVAL_MS = 200, 25
+SILENCE_MS = BUDGET_MS - 2 * INTERVAL_MS
 POINTS = ("edge1", "edge2", "cloud")
 BEAT = Heartbeat(boot_id="boot1", load=0.25, ready_aisis=frozenset({"chat"}), latency_ms=12.0)
 
@@ -146,7 +147,7 @@ def test_an_anchor_that_sends_heartbeats_is_judged_by_them() -> None:
     served.heartbeat("edge1", 0, BEAT)
     assert served.suspect("edge1", "connection refused", ms(10)) == ()
     served.heartbeat("edge1", ms(20), BEAT)  # it is heard, and has its whole budget again
-    assert silence_until_failure(served, ms(20)) >= ms(BUDGET_MS)
+    assert silence_until_failure(served, ms(20)) >= ms(SILENCE_MS)
 
     served = fleet()
     served.heartbeat("edge1", 0, BEAT)
@@ -180,11 +181,11 @@ def test_an_anchor_that_was_started_anew_has_failed_and_recovered() -> None:
 def test_a_failure_and_a_recovery_are_said_once_while_they_become_durable() -> None:
     served = fleet()
     served.heartbeat("edge1", 0, BEAT)
-    said = [event for at in range(25, 425, 25) for event in served.check(ms(at))]
-    assert said == [AnchorFailed("edge1", "it has been silent for 225 ms")]
-    assert served.check(ms(425))  # it was not written: once more
+    said = [event for at in range(25, 375, 25) for event in served.check(ms(at))]
+    assert said == [AnchorFailed("edge1", "it has been silent for 175 ms")]
+    assert served.check(ms(375))  # it was not written: once more
     served.fold(said[0])
-    assert served.check(ms(450)) == ()
+    assert served.check(ms(400)) == ()
     assert served.heartbeat("edge1", ms(500), BEAT) == (AnchorRecovered("edge1"),)
     assert served.heartbeat("edge1", ms(550), BEAT) == ()
     served.fold(AnchorRecovered("edge1"))
@@ -228,7 +229,7 @@ def simulate(beats_ns: list[int], stalls_ns: Stalls, until_ns: int) -> list[int]
 
 
 lengths = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 3_000)), max_size=6)
-gaps = st.lists(st.integers(1, BUDGET_MS - 1), min_size=5, max_size=50)
+gaps = st.lists(st.integers(1, SILENCE_MS - 1), min_size=5, max_size=50)
 
 
 def stalls(lengths_ms: list[tuple[int, int]]) -> Stalls:
@@ -250,10 +251,11 @@ def test_no_stall_of_the_controller_fails_a_live_anchor(
 
 # As anchors are told to: a quarter of the budget. Each stall of the whole machine may cost them up
 # to one interval between checks.
+few = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 3_000)), max_size=3)
 kept = st.lists(st.integers(1, BUDGET_MS // 4), min_size=5, max_size=50)
 
 
-@given(kept, lengths)
+@given(kept, few)
 def test_no_stall_of_the_whole_machine_fails_an_anchor_that_goes_on_after_it(
     gaps_ms: list[int], lengths_ms: list[tuple[int, int]]
 ) -> None:
@@ -280,7 +282,7 @@ def test_a_dead_anchor_is_failed_in_time(
     assert len(found) == 1
     stalled_ns = sum(to_ns - from_ns for from_ns, to_ns in stalled if to_ns > died_ns)
     took_ns = found[0] - died_ns
-    assert ms(BUDGET_MS) <= took_ns <= ms(BUDGET_MS + 2 * INTERVAL_MS) + stalled_ns
+    assert ms(SILENCE_MS) <= took_ns <= ms(BUDGET_MS) + stalled_ns
 
 
 def test_a_controller_that_is_always_late_still_finds_the_dead() -> None:
