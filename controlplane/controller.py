@@ -6,18 +6,15 @@ another; those of different UEs share a write and a kernel batch. The transactio
 `paging` and `relocation`; what happens by itself, in `upkeep`.
 """
 
-import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address
-from typing import Protocol
 
 from controlplane import lease
 from controlplane.admission import Shortage
-from controlplane.answers import Refusal
+from controlplane.answers import Grant, Refusal, Timeline
 from controlplane.catalogue import Catalogue, QosProfile
 from controlplane.clock import NS_PER_MS, NS_PER_S, Clock
 from controlplane.committer import Change, Committer, Done
@@ -27,7 +24,6 @@ from controlplane.enforcement import (
     EnforcementError,
     Enforcer,
     Flow,
-    Install,
     Operation,
     Reconciliation,
     Renew,
@@ -40,39 +36,9 @@ from controlplane.ledger import Ledger, Session, demand
 from controlplane.locks import Locks
 from controlplane.measured import Measured
 from controlplane.metrics import Transaction
+from controlplane.parties import AnchorGateway, AnchorRefusedError, Subscriber, TokenIssuer
 from controlplane.policy import Arp, Tenant, Tenants
-
-
-@dataclass(frozen=True, slots=True)
-class Subscriber:
-    """A UE the network knows: its identity, the addresses it was given, where it is at first."""
-
-    ue: str
-    address4: IPv4Address
-    address6: IPv6Address
-    cell: str | None = None  # a gNB; mobility reports move it
-    tenant: str = "default"  # whose policy holds when it pages by itself
-
-
-class AnchorRefusedError(Exception):
-    """Nobody serves at an anchor: the connection was refused."""
-
-
-class AnchorGateway(Protocol):
-    """How the control plane talks to anchors."""
-
-    async def ready(self, anchor: str, aisi: str) -> bool:
-        """Ask an anchor whether it can take a session with a service now.
-
-        Raises AnchorRefusedError.
-        """
-
-
-class TokenIssuer(Protocol):
-    """Who signs AISTs."""
-
-    def issue(self, held: Lease) -> str:
-        """Return the token of a committed lease."""
+from controlplane.resolver import Resolution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +165,8 @@ class Controller:
                 renewed = lease.step(held, lease.Renew(expires_ns), self.clock.now_ns())
             except LeaseError as error:
                 raise Refusal("NOT_EXTENDED", str(error)) from error
-            await self.enforce(session, Change(renewed.events, [Renew(renewed.lease.binding())]))
+            change = Change(renewed.events, [Renew(renewed.lease.binding())])
+            await self.enforce(session_id, change)
             return renewed.lease
 
     async def _release(self, session_id: str) -> None:
@@ -294,30 +261,30 @@ class Controller:
         except LeaseError as error:
             raise Refusal("PREPARE_TIMED_OUT", str(error)) from error
 
-    async def open(self, prepared: Outcome, expires_ns: int) -> tuple[Lease, Done]:
-        """COMMIT a lease that was prepared just now, and open its user plane: one write."""
-        granted = self.commit(prepared.lease, expires_ns)
-        terms = granted.lease.terms
-        change = Change([*prepared.events, *granted.events], [Install(granted.lease.binding())])
-        return granted.lease, await self.enforce_new(terms, change)
-
-    async def enforce_new(self, terms: Terms, change: Change) -> Done:
-        """Submit what opens a lease. If the kernel refuses, the session ends. Raises Refusal."""
+    async def enforce(self, session_id: str, change: Change) -> Done:
+        """Submit what opens or alters a session. If the kernel refuses, it ends. Raises Refusal."""
         try:
             return await self.committer.submit(change)
         except EnforcementError as error:
-            session = self.ledger.session(terms.session_id)
-            assert session is not None
-            await self._fail(session)
+            await self._fail(session_id)
             raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
 
-    async def enforce(self, session: Session, change: Change) -> Done:
-        """Submit a change of a live session. If the kernel refuses, the session ends."""
-        try:
-            return await self.committer.submit(change)
-        except EnforcementError as error:
-            await self._fail(session)
-            raise Refusal("ENFORCEMENT_FAILED", str(error)) from error
+    def answer(
+        self, held: Lease, choice: Resolution, requested_ns: int, prepared_ns: int, done: Done
+    ) -> Grant:
+        """Make the grant of a new lease known, and return the answer to who asked for it."""
+        self.granted(held)
+        return Grant(
+            lease=held,
+            token=None if held.terms.anchor is None else self.issuer.issue(held),
+            resolution=choice,
+            timeline=Timeline(
+                requested_ns=requested_ns,
+                prepared_ns=prepared_ns,
+                committed_ns=done.durable_ns,
+                enforced_ns=done.enforced_ns,
+            ),
+        )
 
     async def end(self, leases: Sequence[Lease], command: lease.Command) -> None:
         """Step leases towards their end: one change."""
@@ -412,9 +379,11 @@ class Controller:
         self._kernel_disagrees = True
         self.changed()
 
-    async def _fail(self, session: Session) -> None:
+    async def _fail(self, session_id: str) -> None:
         """End a session that the kernel was not brought to; repair what else it refused."""
-        leases = [h for h in self.ledger.leases_of(session) if h.state is not State.ENDED]
+        session = self.ledger.session(session_id)
+        held = () if session is None else self.ledger.leases_of(session)
+        leases = [lease_ for lease_ in held if lease_.state is not State.ENDED]
         try:
             with suppress(EnforcementError):  # then the kernel's own timeouts close it
                 await self.end(leases, lease.Fail())
@@ -422,17 +391,7 @@ class Controller:
             self._disagree()
 
 
-def hashed_key(tenant: str, key: str) -> str:
-    """Return an idempotency key as it is kept: hashed with its tenant."""
-    return hashlib.sha256(f"{tenant}\0{key}".encode()).hexdigest()[:32]
-
-
 def _uuid4(digits: str) -> str:
     """Return 32 random hexadecimal digits as a UUID of version 4 (RFC 9562)."""
     variant = "89ab"[int(digits[16], 16) % 4]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-
-
-def whole_seconds(duration_ns: int) -> int:
-    """Return a duration as CAMARA gives it: seconds, the nearest, at least 1."""
-    return max(1, round(duration_ns / NS_PER_S))

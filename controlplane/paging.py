@@ -1,44 +1,35 @@
-"""AI-paging: from an intent to an enforced lease, in two phases.
+"""AI-paging: from an intent to an enforced lease.
 
-DISCOVER and RESOLVE rank what can serve the intent; PREPARE reserves an anchor's slot and bandwidth
-on the path, or neither; COMMIT grants the lease. An anchor that says in its heartbeats that it is
-ready needs no asking: both phases are one write then. Where capacity alone is short, a request
-whose profile may pre-empt (ARP, TS 23.501, 5.7.2.2) takes it from leases of lower priority.
+DISCOVER and RESOLVE rank what can serve the intent; each candidate in turn is reserved and granted
+(`granting`), the first whose anchor has room and is ready. Where capacity alone is short, a request
+whose profile may pre-empt takes it from others.
 """
 
-from collections.abc import Sequence
+import hashlib
 from dataclasses import replace
-from functools import lru_cache
 
-from controlplane import lease
-from controlplane.admission import Holder
-from controlplane.answers import Grant, Refusal, Timeline
+from controlplane.answers import Grant, Refusal
 from controlplane.catalogue import Anchor, QosProfile, Service, profile_for
-from controlplane.clock import NS_PER_MS
-from controlplane.committer import Change, Done
-from controlplane.controller import Controller, hashed_key
-from controlplane.enforcement import Flow, Install
+from controlplane.controller import Controller
+from controlplane.enforcement import Flow
+from controlplane.granting import Ask, Granter, NotReadyError, SinkRequest
 from controlplane.intent import Intent, shared
-from controlplane.lease import EndReason, Lease, State, Terms
-from controlplane.ledger import Session, demand
+from controlplane.lease import State
+from controlplane.ledger import Session
 from controlplane.metrics import Transaction
-from controlplane.policy import Arp, RateLimiter, Tenant, check_anchor, check_request
+from controlplane.policy import (
+    RateLimiter,
+    Tenant,
+    check_anchor,
+    check_request,
+    effective_arp,
+)
 from controlplane.ranking import Ranking
 from controlplane.resolver import Candidate, Exclusion, Resolution, resolve
-from controlplane.store import Sink
 from controlplane.values import value
 
 PAGE = "PAGE"  # the cause of a session's first lease
-PREEMPTION = "preemption:"  # a lock
 NO_CHOICE = Resolution((), (), ())
-
-
-@value(frozen=True, slots=True, kw_only=True)
-class SinkRequest:
-    """Where notices about a session shall go; the credential is JSON, and a secret."""
-
-    uri: str
-    credential: str | None
 
 
 @value(frozen=True, slots=True, kw_only=True)
@@ -72,6 +63,7 @@ class Pager:
 
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
+        self._granter = Granter(controller)
         self._limiter = RateLimiter()
         self._ranking = Ranking(controller.catalogue)
 
@@ -147,13 +139,13 @@ class Pager:
                 request=request.request,
                 key=key,
             )
-            asked = _Ask(terms, True, request.duration_ms, None, request.sink, NO_CHOICE)
+            asked = Ask(terms, True, request.duration_ms, None, request.sink, NO_CHOICE)
             shortage = controller.reserve(terms)
             if shortage is None:
-                return await self._grant(asked, requested_ns)
+                return await self._granter.grant(asked, requested_ns)
             granted = None
             if arp.preemption_capability:
-                granted = await self._preempt(asked, arp, requested_ns)
+                granted = await self._granter.preempt(asked, arp, requested_ns)
             if granted is None:
                 raise Refusal("NO_BANDWIDTH", str(shortage))
             return granted
@@ -234,7 +226,7 @@ class Pager:
         resolution = self.resolve(tenant, intent, controller.cell(page.ue))
         excluded = list(resolution.excluded)
 
-        def ask(candidate: Candidate) -> "_Ask":
+        def ask(candidate: Candidate) -> Ask:
             service = candidate.service
             if controller.ledger.session_of(page.ue, service.aisi):
                 raise Refusal(
@@ -256,7 +248,7 @@ class Pager:
             choice = resolution
             if len(excluded) > len(resolution.excluded):
                 choice = replace(resolution, excluded=tuple(excluded))
-            return _Ask(terms, candidate.ready, intent.duration_ms, expires_ns, page.sink, choice)
+            return Ask(terms, candidate.ready, intent.duration_ms, expires_ns, page.sink, choice)
 
         def serves(candidate: Candidate) -> bool:
             return again is None or candidate.service.aisi != again.not_aisi
@@ -272,17 +264,17 @@ class Pager:
                 excluded.append(_excluded(candidate, "capacity", str(shortage)))
                 continue
             try:
-                return await self._grant(asked, requested_ns)
-            except _NotReadyError:
+                return await self._granter.grant(asked, requested_ns)
+            except NotReadyError:
                 excluded.append(_excluded(candidate, "readiness", "did not say it is ready"))
                 within_quota()  # others have been served meanwhile
         if arp.preemption_capability:
             for candidate in filter(serves, (*resolution.candidates, *resolution.full)):
                 asked = ask(candidate)
-                if not (asked.ready or await self._asked(asked.terms)):
+                if not (asked.ready or await self._granter.ready(asked.terms)):
                     continue
                 within_quota()
-                granted = await self._preempt(asked, arp, requested_ns)
+                granted = await self._granter.preempt(asked, arp, requested_ns)
                 if granted is not None:
                     return granted
         raise Refusal("NO_CANDIDATE", f"no anchor satisfies the intent for {intent.task}", excluded)
@@ -320,123 +312,6 @@ class Pager:
             rank=self._ranking,
         )
 
-    async def _grant(self, asked: "_Ask", requested_ns: int) -> Grant:
-        """Grant what is reserved. Raises Refusal, or _NotReadyError; nothing is reserved then."""
-        controller, terms = self._controller, asked.terms
-        prepared = controller.prepare(terms)
-        held, events = prepared.lease, prepared.events
-        try:
-            if not asked.ready:
-                await controller.committer.submit(Change(events))
-                if not await self._asked(terms):
-                    await controller.abort(held)
-                    raise _NotReadyError
-                events = ()
-            prepared_ns = controller.clock.now_ns()
-            try:
-                granted = controller.commit(held, asked.expires(prepared_ns))
-            except Refusal:
-                await controller.abort(held)
-                raise
-            install = Install(granted.lease.binding())
-            # With the COMMIT: what is rolled back leaves no sink behind.
-            change = Change([*events, *granted.events], [install], asked.sink_of_session())
-            done = await controller.enforce_new(terms, change)
-        finally:
-            controller.unreserve(terms)
-        return self._granted(granted.lease, asked, requested_ns, prepared_ns, done)
-
-    async def _preempt(self, asked: "_Ask", arp: Arp, requested_ns: int) -> Grant | None:
-        """Grant with the capacity of others; None if there are none whose capacity would do.
-
-        One at a time: what the one before takes must have ended before the next one counts.
-        """
-        async with self._controller.locks.hold(PREEMPTION):
-            victims = self._victims(asked.terms, arp)
-            if victims is None:
-                return None
-            return await self._grant_over(victims, asked, requested_ns)
-
-    async def _grant_over(
-        self, victims: Sequence[Session], asked: "_Ask", requested_ns: int
-    ) -> Grant:
-        """Grant in place of leases of lower priority, whose locks nobody holds: one write.
-
-        They hold what they have until they have ended: the pools are overdrawn meanwhile, so that
-        nobody else takes it.
-        """
-        controller, terms, now_ns = self._controller, asked.terms, self._controller.clock.now_ns()
-        ledger = controller.ledger
-        async with controller.locks.hold(*(session.ue for session in victims)):
-            revoke = lease.Revoke(EndReason.PREEMPTED)
-            closing = controller.closing(
-                lease.step(held, revoke, now_ns)
-                for session in victims
-                for held in ledger.leases_of(session)
-                if held.state in (State.COMMITTED, State.DRAINING)
-            )
-            ledger.pools.hold(terms.lease_id, terms.session_id, demand(terms))
-            ledger.expect(terms)
-            try:
-                prepared = controller.prepare(terms)
-                granted = controller.commit(prepared.lease, asked.expires(now_ns))
-                change = Change(
-                    [*closing.events, *prepared.events, *granted.events],
-                    [*closing.operations, Install(granted.lease.binding())],
-                    asked.sink_of_session(),
-                )
-                done = await controller.enforce_new(terms, change)
-            finally:
-                controller.unreserve(terms)
-        return self._granted(granted.lease, asked, requested_ns, now_ns, done)
-
-    def _victims(self, terms: Terms, arp: Arp) -> list[Session] | None:
-        """Return whose capacity would do, of those that nothing else happens to; None: nobody's.
-
-        Empty: there is enough as things are.
-        """
-        controller = self._controller
-        ledger = controller.ledger
-        holders = [
-            Holder(
-                lease_id=held.terms.lease_id,
-                session_id=held.terms.session_id,
-                priority_level=held.terms.priority_level,
-                vulnerable=held.terms.preemptible,
-            )
-            for held in ledger.live()
-            if held.state is State.COMMITTED and not controller.locks.held(held.terms.ue)
-        ]
-        found = ledger.pools.victims(demand(terms), terms.session_id, arp.priority_level, holders)
-        if found is None:
-            return None
-        ids = dict.fromkeys(ledger.lease(lease_id).terms.session_id for lease_id in found)
-        return [session for session_id in ids if (session := ledger.session(session_id))]
-
-    async def _asked(self, terms: Terms) -> bool:
-        assert terms.anchor is not None
-        return await self._controller.ready(terms.anchor, terms.aisi)
-
-    def _granted(
-        self, held: Lease, asked: "_Ask", requested_ns: int, prepared_ns: int, done: Done
-    ) -> Grant:
-        self._controller.granted(held)
-        return Grant(
-            lease=held,
-            token=None if held.terms.anchor is None else self._controller.issuer.issue(held),
-            resolution=asked.choice,
-            timeline=Timeline(
-                requested_ns=requested_ns,
-                prepared_ns=prepared_ns,
-                committed_ns=done.durable_ns,
-                enforced_ns=done.enforced_ns,
-            ),
-        )
-
-
-class _NotReadyError(Exception):
-    """An anchor did not say that it is ready."""
-
 
 @value(frozen=True, slots=True)
 class _Again:
@@ -447,45 +322,10 @@ class _Again:
     not_aisi: str
 
 
-@value(frozen=True, slots=True)
-class _Ask:
-    """What is asked for at one candidate."""
-
-    terms: Terms
-    ready: bool | None  # what the anchor has said; None: it must be asked
-    duration_ms: int
-    expires_ns: int | None  # given, or `duration_ms` from now
-    sink: SinkRequest | None
-    choice: Resolution
-
-    def expires(self, now_ns: int) -> int:
-        """Return when the lease shall end."""
-        if self.expires_ns is not None:
-            return self.expires_ns
-        return now_ns + self.duration_ms * NS_PER_MS
-
-    def sink_of_session(self) -> Sink | None:
-        """Return where notices shall go."""
-        if self.sink is None:
-            return None
-        return Sink(self.terms.session_id, self.sink.uri, self.sink.credential)
+def hashed_key(tenant: str, key: str) -> str:
+    """Return an idempotency key as it is kept: hashed with its tenant."""
+    return hashlib.sha256(f"{tenant}\0{key}".encode()).hexdigest()[:32]
 
 
 def _excluded(candidate: Candidate, constraint: str, detail: str) -> Exclusion:
     return Exclusion(candidate.service.aisi, candidate.anchor.name, constraint, detail)
-
-
-def effective_arp(profile: QosProfile, tenant: Tenant) -> Arp:
-    """Return the ARP of a tenant's lease: its own if its policy gives one, else the profile's."""
-    return tenant.policy.arp or _arp(
-        profile.priority_level, profile.preemption_capability, profile.preemption_vulnerability
-    )
-
-
-@lru_cache(maxsize=256)
-def _arp(priority_level: int, capability: bool, vulnerability: bool) -> Arp:
-    return Arp(
-        priority_level=priority_level,
-        preemption_capability=capability,
-        preemption_vulnerability=vulnerability,
-    )

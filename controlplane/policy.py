@@ -20,6 +20,7 @@ with a cause. Both say why. A file of tenants (`load_tenants`); what is left out
 
 from collections import Counter
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self
 
@@ -27,7 +28,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from controlplane.access_tokens import Client, Clients
-from controlplane.catalogue import Anchor
+from controlplane.catalogue import Anchor, QosProfile
 from controlplane.clock import NS_PER_S
 from controlplane.configfile import ConfigModel, load_yaml
 from controlplane.intent import MAX_DURATION_MS, MIN_DURATION_MS, Name, PipelineTag
@@ -126,6 +127,22 @@ class Tenants(_Model):
 def load_tenants(path: Path) -> Tenants:
     """Read a file of tenants. ConfigError names file and line of whatever is wrong."""
     return load_yaml(path, Tenants)
+
+
+def effective_arp(profile: QosProfile, tenant: Tenant) -> Arp:
+    """Return the ARP of a tenant's lease: its own if its policy gives one, else the profile's."""
+    return tenant.policy.arp or _arp(
+        profile.priority_level, profile.preemption_capability, profile.preemption_vulnerability
+    )
+
+
+@lru_cache(maxsize=256)
+def _arp(priority_level: int, capability: bool, vulnerability: bool) -> Arp:
+    return Arp(
+        priority_level=priority_level,
+        preemption_capability=capability,
+        preemption_vulnerability=vulnerability,
+    )
 
 
 class Cause(StrEnum):

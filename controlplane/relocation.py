@@ -9,9 +9,9 @@ recovery and is called so. If no anchor of its service is left, the intent is pa
 from collections.abc import Awaitable
 
 from controlplane import lease
-from controlplane.answers import Grant, Refusal, Timeline
+from controlplane.answers import Grant, Refusal
 from controlplane.clock import NS_PER_MS
-from controlplane.committer import Change, Done
+from controlplane.committer import Change
 from controlplane.controller import Controller
 from controlplane.enforcement import Install, Move, Revoke
 from controlplane.lease import Effect, EndReason, Lease, Outcome, State
@@ -150,10 +150,10 @@ class Relocator:
                         [*prepared.events, *granted.events, *closing.events],
                         [Revoke(source.binding()), Install(granted.lease.binding())],
                     )
-                    done = await controller.enforce(session, change)
+                    done = await controller.enforce(session.session_id, change)
                 finally:
                     controller.unreserve(terms)
-                return self._granted(granted, resolution, requested_ns, prepared_ns, done)
+                return controller.answer(granted.lease, resolution, requested_ns, prepared_ns, done)
             return await self._page_again(session, EndReason.ANCHOR_FAILED, trigger)
 
     # Steps
@@ -224,10 +224,10 @@ class Relocator:
     ) -> Grant:
         """Move to where it is reserved."""
         controller, terms = self._controller, prepared.lease.terms
-        session = controller.session(terms.session_id)
         assert terms.anchor is not None
         try:
             if break_before_make:
+                session = controller.session(terms.session_id)
                 draining = controller.ledger.in_state(session, State.DRAINING)
                 await controller.end([*draining, source], lease.Revoke())
             await controller.committer.submit(Change(prepared.events))
@@ -243,10 +243,10 @@ class Relocator:
             except Refusal:
                 await controller.abort(prepared.lease)
                 raise
-            done = await controller.enforce(session, change)
+            done = await controller.enforce(terms.session_id, change)
         finally:
             controller.unreserve(terms)
-        return self._granted(granted, resolution, requested_ns, prepared_ns, done)
+        return controller.answer(granted.lease, resolution, requested_ns, prepared_ns, done)
 
     def _flip(
         self, granted: Outcome, source: Lease, now_ns: int, break_before_make: bool
@@ -272,24 +272,3 @@ class Relocator:
             raise
         await controller.take_back(session, EndReason.REPAGED)
         return grant
-
-    def _granted(
-        self,
-        granted: Outcome,
-        resolution: Resolution,
-        requested_ns: int,
-        prepared_ns: int,
-        done: Done,
-    ) -> Grant:
-        self._controller.granted(granted.lease)
-        return Grant(
-            lease=granted.lease,
-            token=self._controller.issuer.issue(granted.lease),
-            resolution=resolution,
-            timeline=Timeline(
-                requested_ns=requested_ns,
-                prepared_ns=prepared_ns,
-                committed_ns=done.durable_ns,
-                enforced_ns=done.enforced_ns,
-            ),
-        )

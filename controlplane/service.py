@@ -22,7 +22,7 @@ from controlplane.checkpoint import Signer
 from controlplane.clock import NS_PER_S, Clock
 from controlplane.codec import Record
 from controlplane.committer import Committer
-from controlplane.controller import AnchorGateway, Controller, Settings, Subscriber
+from controlplane.controller import Controller, Settings
 from controlplane.delivery import Dispatcher, Outbox
 from controlplane.enforcement import Address, Enforcer
 from controlplane.event_stream import Broadcaster
@@ -35,6 +35,7 @@ from controlplane.measured import Measured
 from controlplane.metrics import Levels, Metrics
 from controlplane.northbound.plane import ControlPlane
 from controlplane.paging import Pager
+from controlplane.parties import AnchorGateway, Subscriber
 from controlplane.policy import Tenants
 from controlplane.relocation import Relocator
 from controlplane.revocations import Revocations

@@ -17,12 +17,13 @@ from controlplane import lease
 from controlplane.answers import Refusal
 from controlplane.clock import NS_PER_MS, NS_PER_S
 from controlplane.committer import Change
-from controlplane.controller import AnchorRefusedError, Controller
+from controlplane.controller import Controller
 from controlplane.enforcement import EnforcementError
 from controlplane.facts import PolicySet, UeMoved
 from controlplane.fleet import AnchorEvent, AnchorFailed, AnchorRegistered, Heartbeat
 from controlplane.lease import EndReason, Lease, State
 from controlplane.ledger import demand
+from controlplane.parties import AnchorRefusedError
 from controlplane.policy import Policy, check_anchor, check_request
 from controlplane.relocation import BETTER, Relocator
 from controlplane.resolver import AnchorState

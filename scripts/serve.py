@@ -25,7 +25,7 @@ from controlplane.body_limit import BodyLimit
 from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.clock import Clock
 from controlplane.configfile import ConfigModel, load_yaml
-from controlplane.controller import AnchorRefusedError, Settings, Subscriber
+from controlplane.controller import Settings
 from controlplane.enforcement import EnforcementError
 from controlplane.fleet import FleetError
 from controlplane.http_server import HttpServer
@@ -34,6 +34,7 @@ from controlplane.keys import KeyFileError, KeyRing, generate_key, load_private_
 from controlplane.listeners import Listener, ListenError, TcpListener, UnixListener
 from controlplane.northbound.app import create_app
 from controlplane.northbound.plane import OPERATOR_LISTENER
+from controlplane.parties import AnchorRefusedError, Subscriber
 from controlplane.policy import Tenants, load_tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox

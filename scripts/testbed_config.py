@@ -3,7 +3,8 @@
 import math
 from pathlib import Path
 
-from controlplane.controller import Settings, Subscriber
+from controlplane.controller import Settings
+from controlplane.parties import Subscriber
 from scripts.serve import CellConfig, ServeConfig
 from topologies.network import Network
 from upf.config import AnchorPort

@@ -27,6 +27,7 @@ from controlplane.answers import Refusal
 from controlplane.canonical import canonical
 from controlplane.catalogue import SERVICE_PREFIX4, SERVICE_PREFIX6
 from controlplane.enforcement import Address, Flow
+from controlplane.granting import SinkRequest
 from controlplane.lease import EndReason
 from controlplane.ledger import QOS_ALONE, Session
 from controlplane.northbound import documents
@@ -39,7 +40,7 @@ from controlplane.northbound.camara_models import (
 )
 from controlplane.northbound.identity import Caller, Identified, Plane
 from controlplane.northbound.plane import ControlPlane
-from controlplane.paging import QosRequest, SinkRequest
+from controlplane.paging import QosRequest
 from controlplane.sinks import SinkError, check_sink, read_credential
 
 VERSION = "vwip"

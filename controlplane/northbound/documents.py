@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse
 from controlplane.addresses import text_of
 from controlplane.answers import Grant
 from controlplane.catalogue import Anchor
-from controlplane.clock import Clock, rfc3339
-from controlplane.controller import Controller, whole_seconds
+from controlplane.clock import NS_PER_S, Clock, rfc3339
+from controlplane.controller import Controller
 from controlplane.lease import EndReason, Lease, State
 from controlplane.ledger import Session
 from controlplane.resolver import AnchorView
@@ -77,7 +77,8 @@ def qos_status(controller: Controller, session: Session) -> dict[str, Any]:
             else STATUS_INFO.get(reason, "NETWORK_TERMINATED")
         )
     document["expiresAt"] = rfc3339(clock.to_unix_ns(expires_ns))
-    document["duration"] = whole_seconds(expires_ns - session.started_ns)
+    # CAMARA: whole seconds, at least 1
+    document["duration"] = max(1, round((expires_ns - session.started_ns) / NS_PER_S))
     return document
 
 

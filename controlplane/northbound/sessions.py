@@ -8,12 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.alias_generators import to_camel
 
 from controlplane.answers import Refusal
+from controlplane.granting import SinkRequest
 from controlplane.intent import Intent, Name
 from controlplane.northbound import documents
 from controlplane.northbound.identity import Caller, Identified, Plane, owned
 from controlplane.northbound.plane import ControlPlane
 from controlplane.northbound.problem import responses
-from controlplane.paging import Page, SinkRequest
+from controlplane.paging import Page
 from controlplane.sinks import SinkCredential, SinkError, check_sink
 
 MAX_EXTENSION_S = 2**31 - 1

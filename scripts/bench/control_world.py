@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 from controlplane.catalogue import Catalogue
-from controlplane.controller import Subscriber
+from controlplane.parties import Subscriber
 from scripts.serve import CellConfig, ServeConfig
 from upf.config import AnchorPort
 from upf.netns import Namespace, connect

@@ -28,13 +28,14 @@ from controlplane.answers import Refusal
 from controlplane.catalogue import Catalogue
 from controlplane.clock import Clock, parse_rfc3339
 from controlplane.codec import Codec
-from controlplane.controller import Settings, Subscriber
+from controlplane.controller import Settings
 from controlplane.entries import UTC_CLOCK
 from controlplane.intent import Intent
 from controlplane.keys import KeyRing, generate_key, load_private_key
 from controlplane.lease import Committed, DrainStarted, Ended, Prepared, State
 from controlplane.northbound.plane import ControlPlane
 from controlplane.paging import Page
+from controlplane.parties import Subscriber
 from controlplane.policy import Tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox

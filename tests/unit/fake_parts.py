@@ -7,7 +7,6 @@ from pathlib import Path
 from fake_time import FakeClock, Gate
 
 from controlplane.clock import NS_PER_MS
-from controlplane.controller import AnchorRefusedError
 from controlplane.delivery import Delivery
 from controlplane.enforcement import (
     Binding,
@@ -24,6 +23,7 @@ from controlplane.enforcement import (
     StaleEpochError,
     Usage,
 )
+from controlplane.parties import AnchorRefusedError
 from controlplane.sqlite_store import SqliteStore
 from controlplane.store import Notice, Sink, StoreError, Write
 

@@ -27,13 +27,15 @@ from controlplane.admission import Rates
 from controlplane.answers import Grant
 from controlplane.catalogue import Catalogue
 from controlplane.configfile import parse_yaml
-from controlplane.controller import Settings, Subscriber
+from controlplane.controller import Settings
 from controlplane.enforcement import EnforcementError, Flow, Install, Move, Operation, Renew
 from controlplane.fleet import Heartbeat
+from controlplane.granting import SinkRequest
 from controlplane.intent import Intent
 from controlplane.keys import KeyRing
 from controlplane.lease import Lease
-from controlplane.paging import Page, QosRequest, SinkRequest
+from controlplane.paging import Page, QosRequest
+from controlplane.parties import Subscriber
 from controlplane.policy import Policy, Tenant, Tenants
 from controlplane.service import Network, Options, Service
 from controlplane.triggers import TriggerSettings

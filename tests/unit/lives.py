@@ -42,11 +42,12 @@ from controlplane.enforcement import (
     Usage,
 )
 from controlplane.fleet import Heartbeat
+from controlplane.granting import SinkRequest
 from controlplane.intent import Intent
 from controlplane.keys import KeyRing
 from controlplane.lease import State
 from controlplane.northbound.plane import ControlPlane
-from controlplane.paging import Page, SinkRequest
+from controlplane.paging import Page
 from controlplane.policy import Tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox

@@ -18,7 +18,6 @@ from controlplane.body_limit import BodyLimit
 from controlplane.catalogue import Catalogue
 from controlplane.clock import Clock
 from controlplane.configfile import parse_yaml
-from controlplane.controller import AnchorRefusedError, Subscriber
 from controlplane.enforcement import (
     Address,
     Binding,
@@ -33,6 +32,7 @@ from controlplane.enforcement import (
 from controlplane.keys import KeyRing, generate_key
 from controlplane.northbound.app import create_app
 from controlplane.northbound.plane import OPERATOR_LISTENER
+from controlplane.parties import AnchorRefusedError, Subscriber
 from controlplane.policy import Policy, Tenant, Tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox

@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from controlplane.admission import Rates, Resource
 from controlplane.answers import Refusal
 from controlplane.clock import NS_PER_MS, parse_rfc3339
-from controlplane.controller import AnchorRefusedError, Settings
+from controlplane.controller import Settings
 from controlplane.enforcement import EnforcementError
 from controlplane.fleet import FleetError
 from controlplane.lease import Lease, State
+from controlplane.parties import AnchorRefusedError
 from controlplane.policy import Policy
 from controlplane.store import StoreError
 

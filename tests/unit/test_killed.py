@@ -21,7 +21,7 @@ from fakes import World, all_of, scenario
 from lives import STEPS, heard, read_kernel
 
 from controlplane.clock import parse_rfc3339
-from controlplane.controller import hashed_key
+from controlplane.paging import hashed_key
 from controlplane.sqlite_store import SqliteStore
 from controlplane.store import StoreError, Write
 from controlplane.verification import verify_log

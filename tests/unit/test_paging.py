@@ -31,8 +31,8 @@ from controlplane.admission import Rates, Resource
 from controlplane.answers import Grant, Refusal
 from controlplane.clock import NS_PER_MS, NS_PER_S
 from controlplane.enforcement import EnforcementError, Install, Operation
+from controlplane.granting import SinkRequest
 from controlplane.lease import EndReason, State
-from controlplane.paging import SinkRequest
 from controlplane.policy import Arp, Policy
 from controlplane.store import StoreError
 

@@ -25,8 +25,8 @@ from controlplane.clock import NS_PER_MS
 from controlplane.controller import Settings
 from controlplane.enforcement import Move
 from controlplane.fleet import AnchorFailed
+from controlplane.granting import SinkRequest
 from controlplane.lease import EndReason, State
-from controlplane.paging import SinkRequest
 from controlplane.relocation import BETTER
 from controlplane.store import StoreError
 

@@ -9,7 +9,7 @@ from fakes import World, all_of, lease_id, opens, scenario, session_id, until
 
 from controlplane.answers import Grant
 from controlplane.event_stream import Filter
-from controlplane.paging import SinkRequest
+from controlplane.granting import SinkRequest
 from controlplane.policy import Policy
 from controlplane.store import Notice, StoreError
 from controlplane.telling import replayed

@@ -21,9 +21,9 @@ from controlplane.admission import Rates, Resource
 from controlplane.answers import Grant, Refusal
 from controlplane.catalogue import Anchor
 from controlplane.clock import NS_PER_MS
-from controlplane.controller import Subscriber
 from controlplane.fleet import AnchorFailed, FleetError
 from controlplane.lease import EndReason, State
+from controlplane.parties import Subscriber
 from controlplane.policy import Policy
 from controlplane.resolver import AnchorState
 from controlplane.store import StoreError
