@@ -24,7 +24,7 @@ from fake_time import FakeClock, FakeTimeLoop, Gate
 
 from controlplane import canonical
 from controlplane.admission import Rates
-from controlplane.answers import Grant
+from controlplane.answers import Grant, Refusal
 from controlplane.catalogue import Catalogue
 from controlplane.configfile import parse_yaml
 from controlplane.controller import Settings
@@ -68,6 +68,7 @@ anchors:
 """
 UES = tuple(f"ue{n}" for n in range(1, 9))
 CELLS = {"gnb1": Rates(10 * MBPS, 10 * MBPS), "gnb2": Rates(5 * MBPS, 5 * MBPS)}
+SINK = SinkRequest(uri="https://app.example/notices", credential=None)
 _FOLDER = tempfile.TemporaryDirectory()
 KEYS = KeyRing.open(Path(_FOLDER.name) / "keys", 1)
 _KEPT = 100 * 365 * 86_400  # the key is not rotated
@@ -378,3 +379,16 @@ async def cancelled(task: "asyncio.Task[Any]") -> None:
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
+
+
+def why(refusal: Refusal) -> dict[str, str]:
+    return {exclusion.anchor: exclusion.constraint for exclusion in refusal.excluded}
+
+
+def granted(outcomes: Sequence[object]) -> list[Grant]:
+    assert all(isinstance(one, Grant | Refusal) for one in outcomes), outcomes
+    return [one for one in outcomes if isinstance(one, Grant)]
+
+
+def causes(outcomes: Sequence[object]) -> Counter[str]:
+    return Counter(one.cause for one in outcomes if isinstance(one, Refusal))

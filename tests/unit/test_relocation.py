@@ -10,6 +10,7 @@ from fakes import (
     CELLS,
     DRAIN_MS,
     PREPARE_MS,
+    SINK,
     World,
     all_of,
     cancelled,
@@ -25,7 +26,6 @@ from controlplane.clock import NS_PER_MS
 from controlplane.controller import Settings
 from controlplane.enforcement import Move
 from controlplane.fleet import AnchorFailed
-from controlplane.granting import SinkRequest
 from controlplane.lease import EndReason, State
 from controlplane.relocation import BETTER
 from controlplane.store import StoreError
@@ -44,7 +44,6 @@ anchors:
   - {name: edge3, region: n, trust_tier: 1, slots: 1, cost: 20,
      hosts: [{aisi: write, service_time_ms: 1}]}
 """
-SINK = SinkRequest(uri="https://app.example/notices", credential=None)
 
 
 def moves(world: World) -> int:
