@@ -4,10 +4,10 @@ import re
 from functools import cached_property
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic import Field, StringConstraints, model_validator
 
 from controlplane.canonical import canonical
+from controlplane.jsonmodel import JsonModel
 
 PIPELINE_TAG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")  # Hugging Face `pipeline_tag`
 MIN_DURATION_MS, MAX_DURATION_MS = 50, 86_400_000
@@ -22,21 +22,7 @@ QosProfileName = Annotated[  # as in CAMARA
 Rate = Annotated[int, Field(ge=1, le=MAX_BPS)]
 
 
-class _Request(BaseModel):
-    """JSON members in camelCase; unknown ones and wrong types are refused."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=False,
-        validate_by_alias=True,
-        allow_inf_nan=False,
-    )
-
-
-class RequiredRates(_Request):
+class RequiredRates(JsonModel):
     """Rates to be guaranteed between UE and anchor (GFBR); at least one of them."""
 
     downlink_bps: Rate | None = None
@@ -49,12 +35,13 @@ class RequiredRates(_Request):
         return self
 
 
-class Intent(_Request):
+class Intent(JsonModel):
     """Hard constraints, how long, and in free text what to prefer among what satisfies them."""
 
     task: PipelineTag
     description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARS)] | None = None
-    regions: Annotated[list[Name], Field(max_length=64)] = []  # allowed; empty: any
+    # Allowed; empty: any.
+    regions: list[Name] = Field(default_factory=list, max_length=64)
     on_premises: bool = False  # must not leave the operator's own premises
     min_trust_tier: Annotated[int, Field(ge=0, le=10)] = 0
     max_latency_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None

@@ -93,7 +93,6 @@ class Ledger:
         self._by_key: dict[str, Session] = {}
         self.deadlines = Deadlines(self._leases.get)
         self._ended: deque[Session] = deque()
-        self._live = 0
 
     # What there is
 
@@ -112,11 +111,6 @@ class Ledger:
                 lease = self._leases[lease_id]
                 if lease.state is not State.ENDED:
                     yield lease
-
-    @property
-    def live_leases(self) -> int:
-        """Number of leases that have not ended."""
-        return self._live
 
     @property
     def live_sessions(self) -> int:
@@ -254,7 +248,6 @@ class Ledger:
                 self._count(terms, 1)
             session.counted = terms
         session.live += 1
-        self._live += 1
         session.lease_ids.append(terms.lease_id)
         fenced = _fenced(terms.ue, terms.aisi)
         self._epochs[fenced] = max(self._epochs.get(fenced, 0), terms.epoch)
@@ -274,7 +267,6 @@ class Ledger:
             self._by_anchor[terms.anchor].discard(terms.lease_id)
         session = self._sessions[terms.session_id]
         session.live -= 1
-        self._live -= 1
         if not session.live:
             session.ended_ns = at_ns
             del self._current[terms.ue, terms.aisi]

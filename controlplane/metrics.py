@@ -73,7 +73,9 @@ class Metrics:
         self._kernel_batch = self._durations(
             "kernel_batch_duration_seconds", "One batch until the kernel acknowledges it."
         )
-        self._refused_tokens = self._counter("token_refusals", "Tokens refused.", "reason")
+        self._token_refusals = self._counter(
+            "token_refusals", "Access tokens, and requests for them, refused.", "reason"
+        )
         self._rate_limited = self._counter(
             "rate_limited_requests", "Requests above their tenant's rate.", "tenant"
         )
@@ -107,8 +109,8 @@ class Metrics:
         self._kernel_batch.observe((), duration_ns)
 
     def token_refused(self, reason: str) -> None:
-        """Count a token that was refused; `reason` is one of a few words, never input."""
-        self._refused_tokens.add((reason,))
+        """Count a refusal; `reason` is an error code of RFC 6749 or RFC 6750."""
+        self._token_refusals.add((reason,))
 
     def rate_limited(self, tenant: str) -> None:
         """Count a request that came too soon; `tenant` is one of those configured."""

@@ -75,11 +75,6 @@ IPV6 = Family(6, NFPROTO_IPV6, 8, 16, 8, 24)
 FAMILIES = (IPV4, IPV6)
 
 
-def family_of(version: int) -> Family:
-    """Return the family of an IP version."""
-    return IPV4 if version == 4 else IPV6
-
-
 def ifname_key(name: str) -> bytes:
     """Return an interface name as the kernel compares it: 16 bytes, zero-padded."""
     return name.encode().ljust(IFNAME_BYTES, b"\0")

@@ -4,14 +4,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from pydantic.alias_generators import to_camel
+from pydantic import Field, StringConstraints
 
 from controlplane.answers import Refusal
 from controlplane.catalogue import Anchor
 from controlplane.clock import NS_PER_MS
 from controlplane.fleet import FleetError, Heartbeat
 from controlplane.intent import Name
+from controlplane.jsonmodel import JsonModel
 from controlplane.northbound import documents
 from controlplane.northbound.identity import Caller, Identified, Plane
 from controlplane.northbound.plane import ControlPlane
@@ -23,17 +23,8 @@ router = APIRouter(tags=["anchors"])
 AnchorName = Annotated[str, Path(alias="name", max_length=64, pattern=r"^[\w.:-]+$")]
 
 
-class HeartbeatRequest(BaseModel):
+class HeartbeatRequest(JsonModel):
     """How an anchor is."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=False,
-        validate_by_alias=True,
-        allow_inf_nan=False,
-    )
 
     load: Annotated[float, Field(ge=0, le=1)]
     ready_aisis: Annotated[list[Name], Field(max_length=MAX_READY)]

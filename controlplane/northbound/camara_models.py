@@ -12,16 +12,14 @@ from uuid import UUID
 from pydantic import (
     AfterValidator,
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     StringConstraints,
     model_validator,
 )
-from pydantic.alias_generators import to_camel
 
 from controlplane.enforcement import Address
 from controlplane.intent import QosProfileName
+from controlplane.jsonmodel import JsonModel
 
 MAX_INT32 = 2**31 - 1
 _IPV6 = r"^[0-9a-fA-F:.]+$"  # without a zone
@@ -64,17 +62,8 @@ Port = Annotated[int, Field(ge=1, le=65_535)]
 Seconds = Annotated[int, Field(ge=1, le=MAX_INT32)]
 
 
-class CamaraModel(BaseModel):
+class CamaraModel(JsonModel):
     """An object of which nothing is unknown, mistyped or null."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=False,
-        validate_by_alias=True,
-        allow_inf_nan=False,
-    )
 
     @model_validator(mode="before")
     @classmethod

@@ -74,6 +74,7 @@ async def identify(request: Request) -> Caller:
         try:
             principal = plane.tokens.authenticate(token.strip(), plane.unix_s())
         except OAuthError as error:
+            plane.metrics.token_refused(error.code)
             raise Refusal("UNAUTHENTICATED", str(error)) from None
         return Caller(principal.tenant, scopes=principal.scopes)
     if plane.is_operator(request.scope):

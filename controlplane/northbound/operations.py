@@ -4,9 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel, ConfigDict
 
 from controlplane.intent import Name
+from controlplane.jsonmodel import JsonModel
 from controlplane.northbound.identity import Identified, Plane
 from controlplane.northbound.problem import responses
 from controlplane.policy import Policy
@@ -21,10 +21,8 @@ class JwkSet(JSONResponse):
     media_type = "application/jwk-set+json"
 
 
-class MobilityReport(BaseModel):
+class MobilityReport(JsonModel):
     """A handover has happened (compare TS 29.518, location report): the new serving gNB."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     ue: Name
     gnb: Name

@@ -4,12 +4,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from pydantic.alias_generators import to_camel
+from pydantic import Field, StringConstraints
 
 from controlplane.answers import Refusal
 from controlplane.granting import SinkRequest
 from controlplane.intent import Intent, Name
+from controlplane.jsonmodel import JsonModel
 from controlplane.northbound import documents
 from controlplane.northbound.identity import Caller, Identified, Plane, owned
 from controlplane.northbound.plane import ControlPlane
@@ -34,17 +34,7 @@ Key = Annotated[
 ]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        alias_generator=to_camel,
-        validate_by_name=False,
-        validate_by_alias=True,
-    )
-
-
-class SessionRequest(_Body):
+class SessionRequest(JsonModel):
     """What a UE wants. Others say for which UE: its name, or one of its addresses."""
 
     intent: Intent
@@ -54,13 +44,13 @@ class SessionRequest(_Body):
     sink_credential: SinkCredential | None = None
 
 
-class ExtensionRequest(_Body):
+class ExtensionRequest(JsonModel):
     """CAMARA's words: seconds beyond the present end."""
 
     requested_additional_duration: Annotated[int, Field(ge=1, le=MAX_EXTENSION_S)]
 
 
-class RelocationRequest(_Body):
+class RelocationRequest(JsonModel):
     """Where to: an anchor's name; "better": only if one is; nothing: to the best other one."""
 
     target: Name | None = None
@@ -69,7 +59,7 @@ class RelocationRequest(_Body):
     ] = False
 
 
-class DeviceRequest(_Body):
+class DeviceRequest(JsonModel):
     """Which UE."""
 
     ue: Name | None = None

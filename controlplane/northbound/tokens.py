@@ -57,6 +57,7 @@ async def token(request: Request, plane: Plane) -> Response:
             grant_type=form.get("grant_type", ""),
         )
     except OAuthError as error:
+        plane.metrics.token_refused(error.code)
         headers = dict(NO_STORE)
         if error.status == 401:
             headers["www-authenticate"] = 'Basic realm="ai-paging"'

@@ -29,7 +29,7 @@ def test_what_is_counted_is_exposed_in_seconds_and_by_label() -> None:
     metrics.transaction(Transaction.RELOCATION_LOAD, "NO_CANDIDATE", 5_000_000_000, {})
     metrics.journal_batch(entries=3, sync_ns=700_000)
     metrics.kernel_batch(operations=2, duration_ns=30_000)
-    metrics.token_refused("expired")
+    metrics.token_refused("invalid_token")
     metrics.rate_limited("acme")
 
     assert value(metrics, "transactions_total", kind="page", outcome="SUCCESS") == 2
@@ -48,7 +48,7 @@ def test_what_is_counted_is_exposed_in_seconds_and_by_label() -> None:
     assert value(metrics, "journal_batch_entries_bucket", le="4.0") == 1
     assert value(metrics, "journal_sync_duration_seconds_sum") == 0.0007
     assert value(metrics, "kernel_batch_operations_sum") == 2
-    assert value(metrics, "token_refusals_total", reason="expired") == 1
+    assert value(metrics, "token_refusals_total", reason="invalid_token") == 1
     assert value(metrics, "rate_limited_requests_total", tenant="acme") == 1
 
 

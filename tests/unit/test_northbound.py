@@ -201,6 +201,19 @@ def test_a_token_without_the_scope_is_not_enough(api: Api) -> None:
     assert (wrong.status_code, wrong.json()["error"]) == (401, "invalid_client")
 
 
+def test_the_operator_sees_how_often_tokens_are_refused(api: Api) -> None:
+    forged = {"authorization": "Bearer abc.def.ghi"}
+    for _ in range(2):
+        api.call("GET", "/sessions", by=NOBODY, headers=forged)
+    api.call("POST", "/oauth2/token", by=NOBODY, data={"grant_type": "client_credentials"})
+    exposed = api.call("GET", "/metrics").text.splitlines()
+    refusals = [line for line in exposed if line.startswith("aipaging_token_refusals_total")]
+    assert refusals == [
+        'aipaging_token_refusals_total{reason="invalid_token"} 2.0',
+        'aipaging_token_refusals_total{reason="invalid_client"} 1.0',
+    ]
+
+
 # Anchors
 
 
