@@ -18,7 +18,7 @@ from controlplane.controller import Settings
 from scripts.errors import UserError
 from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, write
 from scripts.serve import write_config
-from scripts.testbed_config import CONTROL_PORT, serve_config
+from scripts.testbed_config import CONTROL_PORT, serve_config, with_n6_capacity
 from topologies.hosts import Host, Ue
 from topologies.linux import set_priority
 from topologies.network import Network
@@ -66,7 +66,9 @@ class Testbed:
         settings: Settings | None = None,
         failure_detection_ms: int = FAILURE_DETECTION_MS,
     ) -> None:
-        self.catalogue = catalogue
+        self.catalogue = with_n6_capacity(
+            catalogue, (anchor.spec for anchor in network.anchors.values())
+        )
         self.network = network
         self._features = features
         self._folder = folder

@@ -1,15 +1,38 @@
 """An emulated network as the control plane is told of it."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
+from controlplane.catalogue import Anchor, Catalogue
 from controlplane.controller import Settings
 from controlplane.parties import Subscriber
 from scripts.serve import CellConfig, ServeConfig
 from topologies.network import Network
+from topologies.spec import AnchorSpec
 from upf.config import AnchorPort
 
 CONTROL_PORT = 8080
+
+
+def with_n6_capacity(catalogue: Catalogue, anchors: Iterable[AnchorSpec]) -> Catalogue:
+    """Return the catalogue with no more for guaranteed rates than each anchor's link has."""
+    rates = {anchor.name: anchor.rate_mbps for anchor in anchors}
+
+    def limited(anchor: Anchor) -> Anchor:
+        rate_mbps = rates.get(anchor.name)
+        if rate_mbps is None:
+            return anchor
+        link_bps = int(rate_mbps * 1_000_000)
+        return anchor.model_copy(
+            update={
+                "n6_downlink_bps": min(anchor.n6_downlink_bps or link_bps, link_bps),
+                "n6_uplink_bps": min(anchor.n6_uplink_bps or link_bps, link_bps),
+            }
+        )
+
+    described = catalogue.model_dump() | {"anchors": [limited(one) for one in catalogue.anchors]}
+    return Catalogue.model_validate(described)
 
 
 def serve_config(
