@@ -50,6 +50,11 @@ KERNEL = {
         False,
         "a lease is renewed by deleting and adding it, in one batch",
     ),
+    "netdev_forward": (
+        "forwarding at ingress (nf_tables, netdev family)",
+        False,
+        "no fast path: each leased packet costs the router about a third more",
+    ),
     "conntrack": ("connection tracking in rules", True, "TCP is not pinned to its anchor"),
     "ct_mark": ("connection marks in rules", True, "TCP is not pinned to its anchor"),
     "nft_bridge": ("nf_tables, bridge family", True, "no guard against spoofing in a cell"),

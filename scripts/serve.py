@@ -4,6 +4,7 @@ It prints one line of JSON when it serves. It may be killed at any instant: leas
 kernel until their deadlines, and the next start rebuilds itself from its store.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -96,7 +97,9 @@ class ServeConfig(ConfigModel):
     api_root: str = "http://localhost"
     allow_http_sinks: bool = False
     upf_netns: str = THIS_NETNS  # the network namespace of the user plane
-    in_place_renewal: bool | None = None  # of the kernel (upf.features); by default it is probed
+    # What the kernel can do (upf.features); by default it is probed.
+    in_place_renewal: bool | None = None
+    fast_path: bool | None = None  # forwarding at ingress; `false`: let all pass the forward hook
 
     def gate(self, catalogue: Catalogue) -> GateConfig:
         """Describe the user plane to the gate: every UE may come through every N3 interface."""
@@ -153,15 +156,17 @@ class HttpAnchors:
 def install(config: ServeConfig, catalogue: Catalogue) -> Gate:
     """Bring the user plane about, or adopt what an earlier process left."""
     gate_config = config.gate(catalogue)
-    renewal = config.in_place_renewal
-    if renewal is None:
-        renewal = probe().in_place_renewal
+    renewal, fast_path = config.in_place_renewal, config.fast_path
+    if renewal is None or fast_path is None:
+        features = probe()
+        renewal = features.in_place_renewal if renewal is None else renewal
+        fast_path = features.netdev_forward if fast_path is None else fast_path
     routing.install(config.upf_netns, gate_config)
     capacities = {
         cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
     }
     qos.install(config.upf_netns, capacities, catalogue.qos_shares())
-    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal)
+    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal, fast_path=fast_path)
 
 
 async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
@@ -171,6 +176,8 @@ async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
     store = SqliteStore(config.state / STORE_FILE)
     with contextlib.closing(store):
         clock = Clock()
+        user_plane = LocalUserPlane(gate)
+        user_plane.follow_routes(asyncio.get_running_loop())
         service = Service(
             catalogue=catalogue,
             network=config.network(),
@@ -179,7 +186,7 @@ async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
             outbox=SqliteOutbox(store),
             keys=KeyRing.open(config.state / KEYS_FOLDER, clock.to_unix_ns(clock.now_ns())),
             evidence_key=_evidence_key(config.state / EVIDENCE_KEY_FILE),
-            enforcer=LocalUserPlane(gate),
+            enforcer=user_plane,
             gateway=HttpAnchors(catalogue, config.anchors),
             clock=clock,
             options=Options(

@@ -248,7 +248,7 @@ class Testbed:
             operator_socket=self.operator_socket,
             settings=self._settings,
             failure_detection_ms=self._failure_detection_ms,
-            in_place_renewal=self._features.in_place_renewal,
+            features=self._features,
         )
         write_config(folder / "serve.yaml", config)
 

@@ -11,6 +11,7 @@ from scripts.serve import CellConfig, ServeConfig
 from topologies.network import Network
 from topologies.spec import AnchorSpec
 from upf.config import AnchorPort
+from upf.features import Features
 
 CONTROL_PORT = 8080
 
@@ -43,7 +44,7 @@ def serve_config(
     operator_socket: Path,
     settings: Settings,
     failure_detection_ms: int,
-    in_place_renewal: bool,
+    features: Features,
 ) -> ServeConfig:
     """Describe an emulated network to the control plane."""
     cells = {}
@@ -57,7 +58,8 @@ def serve_config(
         )
     return ServeConfig(
         upf_netns=network.upf.netns,
-        in_place_renewal=in_place_renewal,
+        in_place_renewal=features.in_place_renewal,
+        fast_path=features.netdev_forward,
         catalogue=catalogue,
         state=state,
         operator_socket=operator_socket,

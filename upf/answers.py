@@ -30,7 +30,7 @@ from upf.attributes import (
     value_head,
 )
 
-DATA_BYTES = 4  # marks and tc class ids
+DATA_BYTES = (4, 8, 20, 0)  # marks and class ids, next hops of both families, none
 
 
 @dataclass(slots=True)  # not frozen: that would double what it costs to make one
@@ -102,7 +102,7 @@ def _shapes(message: bytes, offset: int) -> list[_Shape]:
     return [
         _shape(key_bytes, data_bytes, counted)
         for counted in (True, False)
-        for data_bytes in (DATA_BYTES, 0)
+        for data_bytes in DATA_BYTES
     ]
 
 

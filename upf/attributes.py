@@ -7,9 +7,7 @@ with this head, without padding), its type, its value, and padding to 4 bytes.
 import struct
 from functools import lru_cache
 
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
-
-from upf.messages import TABLE
+from upf.messages import TABLE, family_of
 
 LIST_TABLE, LIST_SET, LIST_ELEMENTS = 1, 2, 3
 LIST_ELEMENT = 1
@@ -46,7 +44,7 @@ def value_head(kind: int, value_bytes: int) -> bytes:
 def list_head(set_name: str) -> bytes:
     """Return what precedes the elements in a message about one of the gate's sets."""
     return (
-        NFGEN.pack(NFPROTO_INET, 0, 0)
+        NFGEN.pack(family_of(set_name), 0, 0)
         + attribute(LIST_TABLE, TABLE.encode() + b"\0")
         + attribute(LIST_SET, set_name.encode() + b"\0")
     )

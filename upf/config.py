@@ -52,6 +52,12 @@ class GateConfig:
             if not 0 < len(interface.encode()) < 16:
                 raise ValueError(f"{interface!r} is no interface name")
 
+    @property
+    def anywhere(self) -> bool:
+        """Whether every UE may come through every N3 interface."""
+        addresses = {attachment.address for attachment in self.attachments}
+        return len(set(self.attachments)) == len(addresses) * len(self.n3_interfaces)
+
     def mark(self, anchor: str) -> int:
         """Return the packet mark that steers to `anchor`. KeyError if there is no such anchor."""
         for number, port in enumerate(self.anchors, start=1):

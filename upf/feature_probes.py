@@ -21,9 +21,10 @@ from pyroute2.nftables.main import AsyncNFTables
 
 from upf import expressions as nft
 from upf.messages import batch, message
+from upf.tables import IPV4, Table
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWPID = 0x00020000, 0x40000000, 0x20000000
-NFPROTO_INET, NFPROTO_BRIDGE = 1, 7
+NFPROTO_INET, NFPROTO_NETDEV, NFPROTO_BRIDGE = 1, 5, 7
 SO_RXQ_OVFL, PACKET_VNET_HDR, SOL_PACKET = 40, 15, 263
 SO_TIMESTAMPNS, SO_RCVBUFFORCE = 35, 33
 CT_STATE = 0
@@ -209,6 +210,22 @@ def _expression(name: str, *attributes: tuple[str, Any]) -> nft.Expression:
     return {"attrs": [("NFTA_EXPR_NAME", name), ("NFTA_EXPR_DATA", {"attrs": list(attributes)})]}
 
 
+def _netdev_forward() -> None:
+    """Forward at ingress of two devices, to where two registers say."""
+    devices = ("ingress0", "ingress1")
+    _add_link(devices[0], "veth", peer=devices[1])
+    table = Table(NFPROTO_NETDEV)
+    device, neighbour = nft.register(0), nft.register(4)
+    load = [nft.immediate(nft.u32(1), device), nft.immediate(bytes(4), neighbour)]
+    forward = nft.forward(IPV4.nfproto, device=device, neighbour=neighbour)
+    _commit(
+        table.make("probe"),
+        table.chain("chain", (0, 0), devices),
+        table.rule("chain", [*load, forward]),
+        family=NFPROTO_NETDEV,
+    )
+
+
 def _conntrack() -> None:
     _try_rule(_expression("ct", ("NFTA_CT_DREG", nft.REG_1), ("NFTA_CT_KEY", CT_STATE)))
 
@@ -259,6 +276,7 @@ PROBES: tuple[Callable[[], None], ...] = (
     _nft_bridge,
     _timeout_map,
     _in_place_renewal,
+    _netdev_forward,
     _conntrack,
     _ct_mark,
     _so_timestampns,

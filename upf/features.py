@@ -32,6 +32,7 @@ class Features:
     nft_bridge: bool = False  # nf_tables, `bridge` family
     timeout_map: bool = False  # map whose elements have a timeout and a counter
     in_place_renewal: bool = False  # adding an element that exists renews its timeout (6.12)
+    netdev_forward: bool = False  # nf_tables, `netdev` family: forwarding at ingress
     conntrack: bool = False  # `ct state` in a rule
     ct_mark: bool = False  # `ct mark` read and set in a rule
     so_timestampns: bool = False

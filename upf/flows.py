@@ -21,7 +21,8 @@ from controlplane.enforcement import (
 from upf.config import GateConfig
 from upf.elements import Counters
 from upf.expressions import u32
-from upf.schema import FAMILIES, ifname_key
+from upf.fastpath import DOWN, UP, Ports
+from upf.tables import FAMILIES, ifname_key
 
 NO_CLASS = u32(0)  # tc class id of what has no class of its own
 FROM_ZERO = Counters(0, 0)
@@ -107,18 +108,38 @@ def _fence(binding: Binding, epoch: int, exceeding: int = 0) -> None:
         )
 
 
+class _Place(NamedTuple):
+    """Where an anchor is, as keys and data of elements hold it."""
+
+    mark: bytes
+    port: bytes  # interface, by name
+    number: bytes  # interface, by index; empty: there is no fast path
+    hops: dict[int, bytes]  # length of a flow's key -> that and the anchor's own address
+
+
 class LeaseElements:
     """Knows which elements of the gate a lease calls for, in one configuration."""
 
-    def __init__(self, config: GateConfig) -> None:
-        self._anchors = {  # name -> mark and interface, as keys hold them
-            anchor.name: (u32(config.mark(anchor.name)), ifname_key(anchor.interface))
-            for anchor in config.anchors
-        }
+    def __init__(self, config: GateConfig, ports: Ports | None = None) -> None:
+        """`ports`: the interfaces, if there is a fast path."""
+        # Of these UEs the fast path knows that they may be a source.
+        self._fast_ues = {one.address.packed for one in config.attachments} if ports else set()
+        self._anchors: dict[str, _Place] = {}
+        for anchor in config.anchors:
+            number = u32(ports.index[anchor.interface]) if ports else b""
+            self._anchors[anchor.name] = _Place(
+                u32(config.mark(anchor.name)),
+                ifname_key(anchor.interface),
+                number,
+                {
+                    2 * len(address.packed): number + address.packed
+                    for address in (anchor.address4, anchor.address6)
+                },
+            )
         self._classes = {name: u32(class_id) for name, class_id in config.qos_classes.items()}
         self._sets = {  # length of a flow's key -> names of the sets of its family
             2 * family.address_bytes: tuple(
-                family.name(stem) for stem in ("steer", "return", "qos", "drain")
+                family.name(stem) for stem in ("steer", "return", "qos", "drain", UP, DOWN)
             )
             for family in FAMILIES
         }
@@ -142,7 +163,7 @@ class LeaseElements:
 
     def of(self, key: bytes, state: FlowState) -> list[Wanted]:
         """Return the elements of a flow, given its key; no two have the same name."""
-        steer, back, qos, drain = self._sets[len(key)]
+        steer, back, qos, drain, up, down = self._sets[len(key)]
         elements: list[Wanted] = []
         binding = state.binding
         if binding is not None:
@@ -153,26 +174,46 @@ class LeaseElements:
                 data = class_id or NO_CLASS
                 elements.append((qos, key, data, comment, until_ns, FROM_ZERO))
             else:
-                mark, port = self._anchors[binding.anchor]
-                elements.append((steer, key, mark, comment, until_ns, None))
-                elements.append((back, key + port, b"", comment, until_ns, None))
+                place = self._anchors[binding.anchor]
+                elements.append((steer, key, place.mark, comment, until_ns, None))
+                elements.append((back, key + place.port, b"", comment, until_ns, None))
                 if class_id is not None:
                     elements.append((qos, key, class_id, comment, until_ns, None))
+                if key[: len(key) // 2] in self._fast_ues:
+                    out, priority = place.hops[len(key)], class_id or NO_CLASS
+                    elements.append((up, key, out, comment, until_ns, None))
+                    answer = _downlink_key(key, place)
+                    elements.append((down, answer, priority, comment, until_ns, None))
         if not state.draining:
             return elements
         named: dict[ElementName, Wanted] = {}
         for old, until_ns in state.draining:
             assert old.anchor is not None  # `check` lets no other move
-            comment, (mark, port) = comment_of(old), self._anchors[old.anchor]
-            for name in ((back, key + port), (drain, key + mark)):
+            comment, place = comment_of(old), self._anchors[old.anchor]
+            for name in ((back, key + place.port), (drain, key + place.mark)):
                 named[name] = (*name, b"", comment, until_ns, None)
+            if key[: len(key) // 2] in self._fast_ues:
+                faster = (down, _downlink_key(key, place))
+                priority = self._classes.get(old.qos_profile, NO_CLASS)
+                named[faster] = (*faster, priority, comment, until_ns, None)
         named |= {wanted[:2]: wanted for wanted in elements}  # anchors may share an interface
         return list(named.values())
 
     def counting(self, key: bytes, binding: Binding) -> tuple[ElementName, ...]:
         """Return the names of the elements that count a lease's packets."""
-        steer, back, qos, _ = self._sets[len(key)]
+        steer, back, qos, _, up, down = self._sets[len(key)]
         if binding.anchor is None:
             return ((qos, key),)
-        anchor = self._anchors.get(binding.anchor)
-        return ((steer, key), (back, key + anchor[1])) if anchor else ()
+        place = self._anchors.get(binding.anchor)
+        if place is None:
+            return ()
+        names: tuple[ElementName, ...] = ((steer, key), (back, key + place.port))
+        if key[: len(key) // 2] in self._fast_ues:
+            names += ((up, key), (down, _downlink_key(key, place)))
+        return names
+
+
+def _downlink_key(key: bytes, place: _Place) -> bytes:
+    """Return the key of a `fast_down` element: service, UE and interface, as packets have them."""
+    half = len(key) // 2
+    return key[half:] + key[:half] + place.number

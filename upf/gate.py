@@ -7,9 +7,12 @@ of this process.
 """
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
+
+from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, NFPROTO_NETDEV
 
 from controlplane.enforcement import (
     Binding,
@@ -23,6 +26,7 @@ from controlplane.enforcement import (
 )
 from upf.config import GateConfig
 from upf.elements import Addition, Counters
+from upf.fastpath import PATH, UP, FastPath, FastPathError, Ports, ports
 from upf.flows import (
     NO_LEASE,
     ElementName,
@@ -36,9 +40,12 @@ from upf.flows import (
     subject,
 )
 from upf.leases import adopted_flows, enforced_leases
+from upf.messages import batch
 from upf.nft_socket import BatchError, NftSocket
-from upf.readback import drop_counters, look_up, read_element, table_comment
-from upf.schema import Schema, removal
+from upf.paths import Paths
+from upf.readback import drop_counters, look_up, read_element, read_elements, table_comments
+from upf.schema import VERSION, Schema
+from upf.tables import FAMILIES, Table
 
 NS_PER_MS = 1_000_000
 # A timeout counts from when the kernel handles the batch, at most this long after it was computed
@@ -52,10 +59,10 @@ SAME_DEADLINE_MS = 20
 
 
 def remove(netns_path: str) -> None:
-    """Delete the gate's table in a namespace, if it is there: every lease closes at once."""
+    """Delete the gate's tables in a namespace, if they are there: every lease closes at once."""
     with contextlib.closing(NftSocket(netns_path, in_place_renewal=False)) as handle:
-        if table_comment(handle) is not None:
-            handle.commit_messages(removal())
+        if there := table_comments(handle):
+            handle.commit_messages(batch([Table(family).remove() for family in there]))
 
 
 class Gate:
@@ -67,30 +74,51 @@ class Gate:
         config: GateConfig,
         *,
         in_place_renewal: bool,
+        fast_path: bool = False,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """Open the gate's table in a namespace, making it if it is not there.
+        """Open the gate's tables in a namespace, making them if they are not there.
 
-        A table made by the same version for the same configuration is adopted with its live
-        leases. Any other of that name is replaced: its leases close, and `reconcile` opens again
-        what the journal knows. `in_place_renewal`: whether adding an element that exists renews
-        its timeout (Linux 6.12 and later); otherwise it is deleted and added in one batch.
+        Tables made by the same version for the same configuration are adopted with their live
+        leases. Any others of that name are replaced: their leases close, and `reconcile` opens
+        again what the journal knows. `in_place_renewal`: whether adding an element that exists
+        renews its timeout (Linux 6.12 and later); otherwise it is deleted and added in one batch.
+        `fast_path`: leased datagrams are forwarded at ingress (`upf.fastpath`; the kernel needs
+        the `fwd` expression). Raises EnforcementError for interfaces that are not there.
         """
         self._config = config
         self._in_place_renewal = in_place_renewal
         self._clock = clock
         self._socket = NftSocket(netns_path, in_place_renewal=in_place_renewal)
         self._flows: dict[bytes, FlowState] = {}  # by flow_key
-        self._elements = LeaseElements(config)
-        schema = Schema(config)
-        found = table_comment(self._socket)
-        if found == schema.fingerprint():
+        try:
+            there = ports(netns_path, config) if fast_path else None
+        except FastPathError as error:
+            raise EnforcementError(str(error)) from error
+        self._elements = LeaseElements(config, there)
+        comment = _fingerprint(config, there)
+        wanted = {NFPROTO_INET: comment}
+        if there is not None:
+            wanted[NFPROTO_NETDEV] = comment
+        found = table_comments(self._socket)
+        adopted = found == wanted
+        if adopted:
             self._flows = adopted_flows(self._socket, config, self._clock())
         else:
-            self._socket.commit_messages(schema.batch(replace=found is not None))
+            requests = [Table(family).remove() for family in found]
+            requests += Schema(config).messages(comment)
+            if there is not None:
+                requests += FastPath(config, there).messages(comment)
+            self._socket.commit_messages(batch(requests))
+        self.paths: Paths | None = None
+        if there is not None:
+            known = _paths(self._socket) if adopted else {}
+            self.paths = Paths(netns_path, config, there, self._socket, known)
 
     def close(self) -> None:
         """Let go of the gate. Leases live on in the kernel until they expire."""
+        if self.paths is not None:
+            self.paths.close()
         self._socket.close()
 
     # Enforcer
@@ -140,7 +168,7 @@ class Gate:
             sums = counts.get(lease_id)
             if sums is None:
                 sums = counts[lease_id] = [0, 0, 0, 0]
-            first = 0 if set_name.startswith("steer") else 2
+            first = 0 if set_name.startswith(("steer", UP)) else 2
             sums[first] += element.packets
             sums[first + 1] += element.bytes
         return {
@@ -193,6 +221,11 @@ class Gate:
             installed=tuple(sorted(installed)),
             removed=tuple(sorted(strangers)),
         )
+
+    def follow_routes(self) -> None:
+        """Let the fast path follow changes of the routes to UEs. Raises BatchError, OSError."""
+        if self.paths is not None:
+            self.paths.follow()
 
     def drops(self) -> dict[str, int]:
         """Packets dropped so far, by reason."""
@@ -273,3 +306,18 @@ class Gate:
             changes = [self._changed(wanted, wanted, deletes) for wanted in changes]
         self._socket.commit([wanted[:2] for wanted in changes])  # fail closed
         raise EnforcementError("this machine is too slow to time a lease")
+
+
+def _fingerprint(config: GateConfig, there: Ports | None) -> str:
+    """Return what tells these tables from those of another version or configuration."""
+    digest = hashlib.sha256(repr((VERSION, config, there)).encode()).hexdigest()[:16]
+    return f"ai-paging gate {VERSION} {digest}"
+
+
+def _paths(socket: NftSocket) -> dict[bytes, bytes]:
+    """Return where an earlier process has left each UE."""
+    return {
+        element.key: element.data
+        for family in FAMILIES
+        for element in read_elements(socket, family.name(PATH))
+    }

@@ -12,10 +12,11 @@ from controlplane.enforcement import Binding, Enforced, Flow, Usage
 from upf.answers import Element
 from upf.config import GateConfig
 from upf.expressions import u32
+from upf.fastpath import DOWN, UP
 from upf.flows import NO_LEASE, FlowState, parse_comment
 from upf.nft_socket import NftSocket
 from upf.readback import read_elements
-from upf.schema import FAMILIES, Family, ifname_key
+from upf.tables import FAMILIES, Family, ifname_key
 
 NS_PER_MS = 1_000_000
 
@@ -26,37 +27,41 @@ def enforced_leases(socket: NftSocket, config: GateConfig) -> list[Enforced]:
 
 
 def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator[Enforced]:
-    pair_bytes = 2 * family.address_bytes
-    answered = {
-        (element.key[:pair_bytes], element.comment): element
-        for element in read_elements(socket, family.name("return"))
-    }
-    for element in read_elements(socket, family.name("steer")):
-        anchor = config.anchor(int.from_bytes(element.data, sys.byteorder))
-        downlink = answered.get((element.key, element.comment))
-        yield _entry(element, anchor, uplink=element, downlink=downlink)
-    for element in read_elements(socket, family.name("qos")):
-        if element.counted:
-            yield _entry(element, None, uplink=None, downlink=element)
+    half = family.address_bytes
+    counts: dict[tuple[bytes, bytes], list[int]] = {}  # flow and comment -> as in Usage
 
+    def count(element: Element, flow: bytes, first: int) -> None:
+        sums = counts.setdefault((flow, element.comment), [0, 0, 0, 0])
+        sums[first] += element.packets
+        sums[first + 1] += element.bytes
 
-def _entry(
-    element: Element, anchor: str | None, *, uplink: Element | None, downlink: Element | None
-) -> Enforced:
-    lease_id, epoch = parse_comment(element.comment)
-    return Enforced(
-        lease_id=lease_id,
-        epoch=epoch,
-        flow=_flow(element.key),
-        anchor=anchor,
-        remaining_ms=element.remaining_ms,
-        usage=Usage(
-            uplink_packets=uplink.packets if uplink else 0,
-            uplink_bytes=uplink.bytes if uplink else 0,
-            downlink_packets=downlink.packets if downlink else 0,
-            downlink_bytes=downlink.bytes if downlink else 0,
-        ),
-    )
+    steered = read_elements(socket, family.name("steer"))
+    for element in (*steered, *read_elements(socket, family.name(UP))):
+        count(element, element.key, 0)
+    for element in read_elements(socket, family.name("return")):
+        count(element, element.key[: 2 * half], 2)
+    for element in read_elements(socket, family.name(DOWN)):
+        count(element, element.key[half : 2 * half] + element.key[:half], 2)
+    alone = [each for each in read_elements(socket, family.name("qos")) if each.counted]
+    for element in alone:
+        count(element, element.key, 2)
+    anchors = [config.anchor(int.from_bytes(each.data, sys.byteorder)) for each in steered]
+    for element, anchor in zip((*steered, *alone), (*anchors, *[None] * len(alone)), strict=True):
+        lease_id, epoch = parse_comment(element.comment)
+        sums = counts[element.key, element.comment]
+        yield Enforced(
+            lease_id=lease_id,
+            epoch=epoch,
+            flow=_flow(element.key),
+            anchor=anchor,
+            remaining_ms=element.remaining_ms,
+            usage=Usage(
+                uplink_packets=sums[0],
+                uplink_bytes=sums[1],
+                downlink_packets=sums[2],
+                downlink_bytes=sums[3],
+            ),
+        )
 
 
 def adopted_flows(socket: NftSocket, config: GateConfig, now_ns: int) -> dict[bytes, FlowState]:

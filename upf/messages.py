@@ -4,18 +4,30 @@ from typing import Any
 
 from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, nft_set_elem_list_msg
+from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFPROTO_INET,
+    NFPROTO_NETDEV,
+    nft_set_elem_list_msg,
+)
 
-TABLE = "aipaging"
+TABLE = "aipaging"  # in the families inet (the gate) and netdev (its fast path)
+FAST_PREFIX = "fast_"  # of the names of sets in the netdev table
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 
 Message = Any  # pyroute2's message classes are untyped
 
 
-def message(kind: type, number: int, *, flags: int = 0, **attributes: Any) -> Message:
+def family_of(set_name: str) -> int:
+    """Return the nftables family of the table that has this set."""
+    return int(NFPROTO_NETDEV if set_name.startswith(FAST_PREFIX) else NFPROTO_INET)
+
+
+def message(
+    kind: type, number: int, *, flags: int = 0, family: int = NFPROTO_INET, **attributes: Any
+) -> Message:
     """Build one nf_tables request; `attributes` are named as in linux/netfilter/nf_tables.h."""
     request = kind()
-    request["nfgen_family"] = NFPROTO_INET
+    request["nfgen_family"] = family
     request["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | number
     request["header"]["flags"] = flags or NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_APPEND
     request["attrs"] = list(attributes.items())
@@ -32,6 +44,7 @@ def element_message(number: int, set_name: str, elements: list[dict[str, Any]]) 
     return message(
         nft_set_elem_list_msg,
         number,
+        family=family_of(set_name),
         NFTA_SET_ELEM_LIST_TABLE=TABLE,
         NFTA_SET_ELEM_LIST_SET=set_name,
         NFTA_SET_ELEM_LIST_ELEMENTS=elements,

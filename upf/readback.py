@@ -6,6 +6,8 @@ from typing import Any
 
 from pyroute2.netlink import NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFPROTO_INET,
+    NFPROTO_NETDEV,
     NFT_MSG_GETRULE,
     NFT_MSG_GETTABLE,
     nft_rule_msg,
@@ -22,13 +24,16 @@ ElementName = tuple[str, bytes]  # set, key
 _decoder = lru_cache(maxsize=64)(ElementDecoder)
 
 
-def table_comment(socket: NftSocket) -> str | None:
-    """Return the comment of the gate's table; None if there is no such table."""
-    for table in socket.dump(message(nft_table_msg, NFT_MSG_GETTABLE, flags=NLM_F_REQUEST)):
-        if table.get_attr("NFTA_TABLE_NAME") == TABLE:
-            comment = table.get_attr("NFTA_TABLE_USERDATA")
-            return comment if isinstance(comment, str) else ""
-    return None
+def table_comments(socket: NftSocket) -> dict[int, str]:
+    """Return the comments of the tables of our name, by nftables family."""
+    found = {}
+    for family in (NFPROTO_INET, NFPROTO_NETDEV):
+        query = message(nft_table_msg, NFT_MSG_GETTABLE, flags=NLM_F_REQUEST, family=family)
+        for table in socket.dump(query):
+            if table.get_attr("NFTA_TABLE_NAME") == TABLE and table["nfgen_family"] == family:
+                comment = table.get_attr("NFTA_TABLE_USERDATA")
+                found[family] = comment if isinstance(comment, str) else ""
+    return found
 
 
 def read_elements(socket: NftSocket, set_name: str) -> list[Element]:

@@ -14,70 +14,34 @@ address family has its own chains and sets (suffix 4 or 6), in one `inet` table 
 changes all of it.
 """
 
-import hashlib
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
-from typing import Any
 
-from pyroute2.netlink.nfnetlink.nftsocket import (
-    NFPROTO_IPV4,
-    NFPROTO_IPV6,
-    NFT_MSG_DELTABLE,
-    NFT_MSG_NEWCHAIN,
-    NFT_MSG_NEWRULE,
-    NFT_MSG_NEWSET,
-    NFT_MSG_NEWSETELEM,
-    NFT_MSG_NEWTABLE,
-    nft_chain_msg,
-    nft_rule_msg,
-    nft_set_msg,
-    nft_table_msg,
-)
+from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
 
 from upf import expressions as nft
 from upf.config import MARK_BASE, MARK_MASK, GateConfig
 from upf.expressions import Expression
-from upf.messages import TABLE, Message, batch, element_message, key_attribute, message
+from upf.messages import Message
+from upf.tables import (
+    FAMILIES,
+    IFNAME_BYTES,
+    TYPE_CLASSID,
+    TYPE_IFNAME,
+    TYPE_MARK,
+    Family,
+    Table,
+    ifname_key,
+    within,
+)
 
 VERSION = 4
 DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
 
 PREROUTING, FORWARD = 0, 2
 PRIORITY_RAW, PRIORITY_MANGLE = -300, -150
-IFNAME_BYTES = 16
 IPPROTO_TCP = 6
 TCP_FLAGS_OFFSET, TCP_SYN, TCP_ACK = 13, 0x02, 0x10
-
-# nftables' own numbers for data types, so that `nft list table` prints the sets readably.
-TYPE_MARK, TYPE_CLASSID, TYPE_IFNAME = 19, 23, 41
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Where one IP version keeps its addresses, and the suffix of its chains and sets."""
-
-    version: int
-    nfproto: int
-    address_type: int
-    address_bytes: int
-    source_offset: int
-    destination_offset: int
-
-    def name(self, stem: str) -> str:
-        """Return the name of this family's chain or set."""
-        return f"{stem}{self.version}"
-
-
-IPV4 = Family(4, NFPROTO_IPV4, 7, 4, 12, 16)
-IPV6 = Family(6, NFPROTO_IPV6, 8, 16, 8, 24)
-FAMILIES = (IPV4, IPV6)
-
-
-def ifname_key(name: str) -> bytes:
-    """Return an interface name as the kernel compares it: 16 bytes, zero-padded."""
-    return name.encode().ljust(IFNAME_BYTES, b"\0")
 
 
 def _key(family: Family, *fields: str) -> list[Expression]:
@@ -111,128 +75,23 @@ def _key(family: Family, *fields: str) -> list[Expression]:
     return loads
 
 
-def _within(family: Family, field: str, prefix: IPv4Network | IPv6Network) -> list[Expression]:
-    return [
-        *_key(family, field),
-        nft.mask(prefix.netmask.packed),
-        nft.compare(prefix.network_address.packed),
-    ]
-
-
-def removal() -> list[Message]:
-    """Return the batch that deletes the table with all that is in it."""
-    return batch([_removal()])
-
-
-def _removal() -> Message:
-    return message(nft_table_msg, NFT_MSG_DELTABLE, NFTA_TABLE_NAME=TABLE)
-
-
 class Schema:
-    """Builds the batch that makes the gate for one configuration."""
+    """Builds the requests that make the gate's table for one configuration."""
 
     def __init__(self, config: GateConfig) -> None:
         self.config = config
 
-    def fingerprint(self) -> str:
-        """Return what tells this table from one of another version or configuration."""
-        digest = hashlib.sha256(repr((VERSION, self.config)).encode()).hexdigest()[:16]
-        return f"ai-paging gate {VERSION} {digest}"
-
-    def batch(self, *, replace: bool) -> list[Message]:
-        """Return the whole table as one batch; `replace` deletes a table of that name first."""
-        messages: list[Message] = []
-        if replace:
-            messages.append(_removal())
-        messages.append(
-            message(
-                nft_table_msg,
-                NFT_MSG_NEWTABLE,
-                NFTA_TABLE_NAME=TABLE,
-                NFTA_TABLE_USERDATA=self.fingerprint(),
-            )
-        )
-        messages += self._sets()
-        messages += self._chains()
+    def messages(self, comment: str) -> Iterator[Message]:
+        """Make the whole table."""
+        table = Table(NFPROTO_INET)
+        yield table.make(comment)
+        yield from _sets(table)
+        yield from _chains(table)
         for chain, expressions in self._rules():
-            messages.append(
-                message(
-                    nft_rule_msg,
-                    NFT_MSG_NEWRULE,
-                    NFTA_RULE_TABLE=TABLE,
-                    NFTA_RULE_CHAIN=chain,
-                    NFTA_RULE_EXPRESSIONS=expressions,
-                )
-            )
-        messages += self._elements()
-        return batch(messages)
+            yield table.rule(chain, expressions)
+        yield from table.elements(self._elements())
 
-    # Sets and maps
-
-    def _sets(self) -> Iterator[Message]:
-        number = 0
-        host_order = struct.pack("=I", 1)  # how nft prints marks, class ids and interface names
-
-        def make(name: str, types: tuple[int, ...], length: int, **extra: Any) -> Message:
-            nonlocal number
-            number += 1
-            key_type = 0
-            for kind in types:
-                key_type = key_type << 6 | kind
-            flags = extra.pop("flags", set())
-            order = []
-            if types == (TYPE_IFNAME,):
-                order.append(("NFTNL_UDATA_SET_KEYBYTEORDER", host_order))
-            if "NFTA_SET_DATA_TYPE" in extra:
-                order.append(("NFTNL_UDATA_SET_DATABYTEORDER", host_order))
-            return message(
-                nft_set_msg,
-                NFT_MSG_NEWSET,
-                NFTA_SET_TABLE=TABLE,
-                NFTA_SET_NAME=name,
-                NFTA_SET_ID=number,
-                NFTA_SET_FLAGS=flags,
-                NFTA_SET_KEY_TYPE=key_type,
-                NFTA_SET_KEY_LEN=length,
-                NFTA_SET_USERDATA=order,
-                **extra,
-            )
-
-        counter = {"NFTA_SET_EXPR": nft.counter()}
-        yield make("n3", (TYPE_IFNAME,), IFNAME_BYTES)
-        yield make("anchor_ports", (TYPE_IFNAME,), IFNAME_BYTES)
-        yield make("same", (TYPE_MARK, TYPE_MARK), 8)
-        yield make("home", (TYPE_IFNAME, TYPE_MARK), IFNAME_BYTES + 4)
-        for family in FAMILIES:
-            address, size = family.address_type, family.address_bytes
-            yield make(family.name("access"), (TYPE_IFNAME, address), IFNAME_BYTES + size)
-            yield make(family.name("anchors"), (address,), size)
-            for stem, data_type, extra in (
-                ("steer", TYPE_MARK, counter),
-                ("qos", TYPE_CLASSID, {}),
-            ):
-                yield make(
-                    family.name(stem),
-                    (address, address),
-                    2 * size,
-                    flags={"NFT_SET_MAP", "NFT_SET_TIMEOUT"},
-                    NFTA_SET_DATA_TYPE=data_type,
-                    NFTA_SET_DATA_LEN=4,
-                    **extra,
-                )
-            timed = {"NFT_SET_TIMEOUT"}
-            yield make(
-                family.name("return"),
-                (address, address, TYPE_IFNAME),
-                2 * size + IFNAME_BYTES,
-                flags=timed,
-                **counter,
-            )
-            yield make(
-                family.name("drain"), (address, address, TYPE_MARK), 2 * size + 4, flags=timed
-            )
-
-    def _elements(self) -> Iterator[Message]:
+    def _elements(self) -> dict[str, dict[bytes, bytes]]:
         config = self.config
         marks = {anchor.name: nft.u32(config.mark(anchor.name)) for anchor in config.anchors}
         static: dict[str, list[bytes]] = {
@@ -251,47 +110,9 @@ class Schema:
             static[f"access{attachment.address.version}"].append(
                 ifname_key(attachment.interface) + attachment.address.packed
             )
-        for name, keys in static.items():
-            for start in range(0, len(keys), 256):
-                yield element_message(
-                    NFT_MSG_NEWSETELEM,
-                    name,
-                    [{"attrs": [key_attribute(key)]} for key in keys[start : start + 256]],
-                )
+        return {name: dict.fromkeys(keys, b"") for name, keys in static.items()}
 
     # Chains and rules
-
-    def _chains(self) -> Iterator[Message]:
-        def make(name: str, hook: tuple[int, int] | None = None) -> Message:
-            base: dict[str, Any] = {}
-            if hook is not None:
-                number, priority = hook
-                base = {
-                    "NFTA_CHAIN_HOOK": {
-                        "attrs": [
-                            ("NFTA_HOOK_HOOKNUM", number),
-                            ("NFTA_HOOK_PRIORITY", priority),
-                        ]
-                    },
-                    "NFTA_CHAIN_POLICY": nft.ACCEPT,
-                    "NFTA_CHAIN_TYPE": "filter",
-                }
-            return message(
-                nft_chain_msg,
-                NFT_MSG_NEWCHAIN,
-                NFTA_CHAIN_TABLE=TABLE,
-                NFTA_CHAIN_NAME=name,
-                **base,
-            )
-
-        for reason in DROP_REASONS:
-            yield make(reason)
-        for family in FAMILIES:
-            for stem in ("uplink", "downlink", "uplink_tcp", "downlink_tcp", "forward"):
-                yield make(family.name(stem))
-        yield make("gate", (PREROUTING, PRIORITY_RAW))
-        yield make("gate_tcp", (PREROUTING, PRIORITY_MANGLE))
-        yield make("forward", (FORWARD, PRIORITY_MANGLE))
 
     def _rules(self) -> Iterator[tuple[str, list[Expression]]]:
         for reason in DROP_REASONS:
@@ -308,14 +129,14 @@ class Schema:
             index = FAMILIES.index(family)
             services = self.config.service_prefixes[index]
             ues = self.config.ue_prefixes[index]
-            to_service = [*proto, *_within(family, "daddr", services)]
-            from_service = [*proto, *_within(family, "saddr", services)]
+            to_service = [*proto, *within(family, "daddr", services)]
+            from_service = [*proto, *within(family, "saddr", services)]
             for chain, suffix in (("gate", ""), ("gate_tcp", "_tcp")):
                 yield chain, [*to_service, nft.goto(family.name(f"uplink{suffix}"))]
                 yield chain, [*from_service, nft.goto(family.name(f"downlink{suffix}"))]
             to_anchor = [*proto, *_key(family, "daddr"), nft.in_set(family.name("anchors"))]
             yield "gate", [*to_anchor, *_iif_in("n3"), nft.goto("direct_to_anchor")]
-            to_ue = [*proto, *_within(family, "daddr", ues)]
+            to_ue = [*proto, *within(family, "daddr", ues)]
             yield "gate", [*to_ue, *_iif_in("anchor_ports"), nft.goto("no_lease_downlink")]
             yield "forward", [*proto, nft.goto(family.name("forward"))]
             yield from self._gate_rules(family)
@@ -371,7 +192,7 @@ class Schema:
         spoofed = [*_iif_in("n3"), *_key(family, "iifname", "saddr"), not_its_own]
         yield forward, [*spoofed, nft.goto("spoofed_source")]
         qos = [*_key(family, "daddr", "saddr"), nft.from_map(family.name("qos"))]
-        yield forward, [*_within(family, "daddr", ues), *qos, nft.meta_set(nft.META_PRIORITY)]
+        yield forward, [*within(family, "daddr", ues), *qos, nft.meta_set(nft.META_PRIORITY)]
 
 
 _NOT_TCP = [
@@ -392,3 +213,50 @@ def _steer(family: Family) -> list[Expression]:
 def _leased(family: Family) -> list[Expression]:
     """Go on if a lease lets this anchor answer this UE as this service."""
     return [*_key(family, "daddr", "saddr", "iifname"), nft.in_set(family.name("return"))]
+
+
+def _sets(table: Table) -> Iterator[Message]:
+    counter = {"NFTA_SET_EXPR": nft.counter()}
+    yield table.set("n3", (TYPE_IFNAME,), IFNAME_BYTES)
+    yield table.set("anchor_ports", (TYPE_IFNAME,), IFNAME_BYTES)
+    yield table.set("same", (TYPE_MARK, TYPE_MARK), 8)
+    yield table.set("home", (TYPE_IFNAME, TYPE_MARK), IFNAME_BYTES + 4)
+    for family in FAMILIES:
+        address, size = family.address_type, family.address_bytes
+        yield table.set(family.name("access"), (TYPE_IFNAME, address), IFNAME_BYTES + size)
+        yield table.set(family.name("anchors"), (address,), size)
+        for stem, data_type, extra in (
+            ("steer", TYPE_MARK, counter),
+            ("qos", TYPE_CLASSID, {}),
+        ):
+            yield table.set(
+                family.name(stem),
+                (address, address),
+                2 * size,
+                flags={"NFT_SET_MAP", "NFT_SET_TIMEOUT"},
+                NFTA_SET_DATA_TYPE=data_type,
+                NFTA_SET_DATA_LEN=4,
+                **extra,
+            )
+        timed = {"NFT_SET_TIMEOUT"}
+        yield table.set(
+            family.name("return"),
+            (address, address, TYPE_IFNAME),
+            2 * size + IFNAME_BYTES,
+            flags=timed,
+            **counter,
+        )
+        yield table.set(
+            family.name("drain"), (address, address, TYPE_MARK), 2 * size + 4, flags=timed
+        )
+
+
+def _chains(table: Table) -> Iterator[Message]:
+    for reason in DROP_REASONS:
+        yield table.chain(reason)
+    for family in FAMILIES:
+        for stem in ("uplink", "downlink", "uplink_tcp", "downlink_tcp", "forward"):
+            yield table.chain(family.name(stem))
+    yield table.chain("gate", (PREROUTING, PRIORITY_RAW))
+    yield table.chain("gate_tcp", (PREROUTING, PRIORITY_MANGLE))
+    yield table.chain("forward", (FORWARD, PRIORITY_MANGLE))

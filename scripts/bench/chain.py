@@ -48,7 +48,9 @@ def addresses(leases: int, version: int) -> tuple[list[Address], list[Address]]:
 class Chain:
     """UE - UPF - anchor. All addresses of the UE and service prefixes are local to their ends."""
 
-    def __init__(self, *, leases: int | None, in_place_renewal: bool) -> None:
+    def __init__(
+        self, *, leases: int | None, in_place_renewal: bool = True, fast_path: bool = True
+    ) -> None:
         """Build a chain with a gate and this many leases per family; `None`: a plain chain."""
         self._undo = ExitStack()
         self.ue, self.upf, self.anchor = (
@@ -60,7 +62,7 @@ class Chain:
             if leases is None:
                 self._route_plainly()
             else:
-                self.gate = self._install(leases, in_place_renewal)
+                self.gate = self._install(leases, in_place_renewal, fast_path)
         except BaseException:
             self.close()
             raise
@@ -86,7 +88,7 @@ class Chain:
         for number in range(2):
             _route(self.upf, SERVICE_PREFIXES[number], N6_LINK[number][1])
 
-    def _install(self, leases: int, in_place_renewal: bool) -> Gate:
+    def _install(self, leases: int, in_place_renewal: bool, fast_path: bool) -> Gate:
         families = [addresses(leases, version) for version in (4, 6)]
         gateway4, gateway6 = (ip_address(link[1].split("/")[0]) for link in N6_LINK)
         assert gateway4.version == 4 and gateway6.version == 6
@@ -96,7 +98,7 @@ class Chain:
             attachments=tuple(Attachment(N3, ue) for ues, _ in families for ue in ues),
             qos_classes={QOS_PROFILE: QOS_CLASS_ID},
         )
-        gate = Gate(self.upf.path, config, in_place_renewal=in_place_renewal)
+        gate = Gate(self.upf.path, config, in_place_renewal=in_place_renewal, fast_path=fast_path)
         self._undo.callback(gate.close)
         routing.install(self.upf.path, config)
         expires_ns = time.monotonic_ns() + LEASE_TTL_NS

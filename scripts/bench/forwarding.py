@@ -78,20 +78,26 @@ class Loads:
 
 
 def measure(
-    *, leases: Sequence[int], rounds: int, slice_ns: int, seed: int, in_place_renewal: bool = True
+    *,
+    leases: Sequence[int],
+    rounds: int,
+    slice_ns: int,
+    seed: int,
+    in_place_renewal: bool = True,
+    fast_path: bool = True,
 ) -> dict[str, Any]:
     """Measure with each number of leases; return the figures."""
     order = random.Random(seed)
     _allow_many_sockets()
     slices: dict[tuple[int, tuple[int, str], str], list[Slice]] = {}
     with ExitStack() as undo, _one_cpu() as cpu:
-        plain = {arm: Chain(leases=None, in_place_renewal=True) for arm in (PLAIN, AGAIN)}
+        plain = {arm: Chain(leases=None) for arm in (PLAIN, AGAIN)}
         for chain in plain.values():
             undo.callback(chain.close)
         loads: dict[tuple[int, str], Loads] = {}
         gated: list[Chain] = []
         for count in leases:
-            steered = Chain(leases=count, in_place_renewal=in_place_renewal)
+            steered = Chain(leases=count, in_place_renewal=in_place_renewal, fast_path=fast_path)
             undo.callback(steered.close)
             gated.append(steered)
             for arm, chain in (*plain.items(), (STEERED, steered)):
@@ -251,6 +257,7 @@ def command(path: Path, leases: tuple[int, ...], rounds: int, slice_s: float, se
         slice_ns=int(slice_s * 1e9),
         seed=seed,
         in_place_renewal=features.in_place_renewal,
+        fast_path=features.netdev_forward,
     )
     show(figures)
     options = {"leases": list(leases), "rounds": rounds, "seconds_per_arm": slice_s}

@@ -24,7 +24,7 @@ from upf.expressions import u32
 from upf.messages import TABLE, batch, element_message, key_attribute
 from upf.netns import in_namespace
 from upf.nft_socket import NftSocket
-from upf.schema import ifname_key
+from upf.tables import ifname_key
 
 TIMEOUT_MS = 600_000
 

@@ -28,8 +28,9 @@ QOS_CLASS = 0x10020
 class Plane:
     """Namespaces, links, routes, the gate, and UDP sockets on every host."""
 
-    def __init__(self, *, in_place_renewal: bool = True) -> None:
+    def __init__(self, *, in_place_renewal: bool = True, fast_path: bool = True) -> None:
         self.in_place_renewal = in_place_renewal
+        self.fast_path = fast_path
         self.hosts = {name: Namespace() for name in ("ue1", "ue2", "upf", "a", "b")}
         self.config = GateConfig(
             n3_interfaces=("n3-1", "n3-2"),
@@ -59,6 +60,7 @@ class Plane:
             self.hosts["upf"].path,
             self.config,
             in_place_renewal=self.in_place_renewal,
+            fast_path=self.fast_path,
             clock=clock,
         )
 
@@ -129,6 +131,7 @@ class Plane:
             for version, via in ((4, "10.46.1.2"), (6, "fd00:46:1::2")):
                 destination = f"{UE[version][1]}/{128 if version == 6 else 32}"
                 links.route("replace", family=FAMILY[version], dst=destination, gateway=via)
+        self.gate.follow_routes()
 
     @staticmethod
     def _own(host: Namespace, address: str) -> None:
@@ -224,8 +227,8 @@ def _write(path: str, value: str) -> None:
 
 
 @contextmanager
-def plane(*, in_place_renewal: bool = True) -> Iterator[Plane]:
-    made = Plane(in_place_renewal=in_place_renewal)
+def plane(*, in_place_renewal: bool = True, fast_path: bool = True) -> Iterator[Plane]:
+    made = Plane(in_place_renewal=in_place_renewal, fast_path=fast_path)
     try:
         yield made
     finally:

@@ -32,9 +32,9 @@ VERSIONS = pytest.mark.parametrize("version", [4, 6])
 MS = 1_000_000
 
 
-@pytest.fixture
-def net() -> Iterator[Plane]:
-    with plane() as made:
+@pytest.fixture(params=[True, False], ids=["fast path", "no fast path"])
+def net(request: pytest.FixtureRequest) -> Iterator[Plane]:
+    with plane(fast_path=request.param) as made:
         yield made
 
 

@@ -1,0 +1,190 @@
+"""The fast path forwards what a lease lets through, as a router does, and leaves all else be."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+from plane import FAMILY, PORT, QOS_CLASS, SERVICE, UE, Plane, heard, plane, receives
+from scapy.layers.inet import IP, UDP, IPOption
+from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
+from scapy.packet import Packet, Raw
+
+from controlplane.enforcement import EndDrain, Install, Move, Revoke
+from upf import qos
+from upf.features import probe
+from upf.gate import remove
+from upf.readback import read_elements
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes network namespaces"),
+]
+VERSIONS = pytest.mark.parametrize("version", [4, 6])
+MS = 1_000_000
+
+
+@pytest.fixture
+def net() -> Iterator[Plane]:
+    features = probe()
+    if not features.netdev_forward:
+        pytest.skip(f"no forwarding at ingress: {features.reasons['netdev_forward']}")
+    with plane() as made:
+        yield made
+
+
+def fast_packets(net: Plane, stem: str) -> int:
+    """Return how many packets leases have on their fast elements."""
+    socket = net.gate._socket
+    names = [f"{stem}4", f"{stem}6"]
+    return sum(each.packets for name in names for each in read_elements(socket, name))
+
+
+def datagram(version: int) -> Packet:
+    network = IP if version == 4 else IPv6
+    return network(src=UE[version][0], dst=SERVICE[version]) / UDP(sport=9, dport=PORT) / Raw(b"x")
+
+
+def send(net: Plane, packet: Packet) -> None:
+    """Send a packet of UE 1 as it is, through its neighbour."""
+    from scapy.arch.linux import L3PacketSocket
+    from scapy.arch.linux.rtnetlink import read_routes, read_routes6
+    from scapy.config import conf
+
+    def inside() -> None:
+        conf.ifaces.reload()
+        conf.route.routes, conf.route6.routes = read_routes(), read_routes6()
+        conf.route.invalidate_cache()
+        conf.route6.invalidate_cache()
+        L3PacketSocket(iface="radio").send(packet)
+
+    net.hosts["ue1"].run(inside)
+
+
+@VERSIONS
+def test_leased_datagrams_take_it_both_ways_and_are_counted_once(net: Plane, version: int) -> None:
+    lease = net.binding("lease", 1, "a")
+    net.gate.apply([Install(lease)])
+    for _ in range(3):
+        assert net.reaches(version) == "a"
+        assert net.answers(version, "a")
+    assert fast_packets(net, "fast_up") == fast_packets(net, "fast_down") == 3
+    usage = net.gate.usage([lease])["lease"]
+    assert (usage.uplink_packets, usage.downlink_packets) == (3, 3)
+    assert net.gate.enforced()[0].usage.uplink_packets in (0, 3)
+    net.gate.apply([Revoke(lease)])
+    assert net.reaches(version) is None
+    assert not net.answers(version, "a")
+
+
+UNUSUAL = {
+    "no datagram": lambda p: p.__class__(src=p.src, dst=p.dst) / Raw(b"nothing"),
+    "time is up": lambda p: _with(p, ttl=1, hlim=1),
+    "options": lambda p: (
+        _with(p, options=IPOption(b"\x07\x07\x04" + bytes(4)))
+        if isinstance(p, IP)
+        else p.__class__(src=p.src, dst=p.dst) / IPv6ExtHdrDestOpt() / p.payload
+    ),
+}
+
+
+def _with(packet: Packet, **fields: object) -> Packet:
+    for name, value in fields.items():
+        if name in packet.default_fields:
+            setattr(packet, name, value)
+    return packet
+
+
+@VERSIONS
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_what_is_unusual_is_left_to_the_gate(net: Plane, version: int, case: str) -> None:
+    net.gate.apply([Install(net.binding("lease", 1, "a"))])
+    send(net, UNUSUAL[case](datagram(version)))
+    time.sleep(0.1)
+    assert fast_packets(net, "fast_up") == 0
+
+
+@VERSIONS
+def test_a_tagged_frame_is_no_packet_for_this_router(net: Plane, version: int) -> None:
+    from scapy.arch.linux import L2Socket
+    from scapy.layers.l2 import Dot1Q, Ether
+
+    net.gate.apply([Install(net.binding("lease", 1, "a"))])
+    with net.hosts["upf"].links() as links:
+        index = links.link_lookup(ifname="n3-1")[0]
+        mac = links.get_links(index)[0].get_attr("IFLA_ADDRESS")
+    listeners = net.listeners(version)
+    frames = [Ether(dst=mac) / Dot1Q(vlan=7), Ether(dst="02:00:00:00:00:99"), Ether(dst=mac)]
+    for frame in frames:  # the last one is good: the control
+        net.hosts["ue1"].run(lambda f=frame: L2Socket("radio").send(f / datagram(version)))
+    assert heard(listeners) == "a"
+    assert fast_packets(net, "fast_up") == 1
+
+
+@VERSIONS
+def test_it_follows_the_route_to_a_ue(net: Plane, version: int) -> None:
+    """A handover: the route to the UE is replaced; then taken away, which the gate takes over."""
+    net.gate.apply([Install(net.binding("lease", 1, "a"))])
+    assert net.answers(version, "a")
+    ue, other = UE[version][0], {4: "10.46.2.2", 6: "fd00:46:2::2"}[version]
+    net._own(net.hosts["ue2"], ue)  # the UE is now behind the other interface
+    destination = f"{ue}/{128 if version == 6 else 32}"
+    with net.hosts["upf"].links() as links:
+        links.route("replace", family=FAMILY[version], dst=destination, gateway=other)
+    net.gate.follow_routes()
+    with (
+        net.open_socket("ue2", version, ue) as receiver,
+        net.open_socket("a", version, SERVICE[version]) as sender,
+    ):
+        sender.sendto(b"y", (ue, PORT))
+        assert receives(receiver)
+        assert fast_packets(net, "fast_down") == 2
+        with net.hosts["upf"].links() as links:
+            links.route("del", family=FAMILY[version], dst=destination, gateway=other)
+        net.gate.follow_routes()
+        sender.sendto(b"y", (ue, PORT))
+        assert not receives(receiver)
+    assert fast_packets(net, "fast_down") == 2
+
+
+@VERSIONS
+def test_its_packets_are_in_their_leases_class(net: Plane, version: int) -> None:
+    capacities = dict.fromkeys(net.config.n3_interfaces, 1_000_000_000)
+    qos.install(net.hosts["upf"].path, capacities, {"QOS_E": 0.5})
+    net.gate.apply([Install(net.binding("lease", 1, "a"))])
+    assert net.answers(version, "a")
+    assert fast_packets(net, "fast_down") == 1
+    with net.hosts["upf"].links() as links:
+        index = links.link_lookup(ifname="n3-1")[0]
+        (found,) = [each for each in links.get_classes(index=index) if each["handle"] == QOS_CLASS]
+    assert found.get_attr("TCA_STATS2").get_attr("TCA_STATS_BASIC")["packets"] == 1
+
+
+@VERSIONS
+def test_the_old_anchor_answers_through_it_until_the_drain_ends(net: Plane, version: int) -> None:
+    old, new = net.binding("old", 1, "a"), net.binding("new", 2, "b")
+    net.gate.apply([Install(old)])
+    net.gate.apply([Move(new, old, time.monotonic_ns() + 5_000 * MS)])
+    assert net.reaches(version) == "b"
+    assert net.answers(version, "a") and net.answers(version, "b")
+    assert fast_packets(net, "fast_down") == 2
+    net.gate.apply([EndDrain(old)])
+    assert not net.answers(version, "a")
+
+
+def test_a_new_process_adopts_it_and_removal_takes_it_away(net: Plane) -> None:
+    lease = net.binding("lease", 1, "a")
+    net.gate.apply([Install(lease)])
+    assert net.reaches(4) == "a" and net.answers(4, "a")
+    net.gate.close()
+    net.gate = net.open_gate()
+    assert net.gate.reconcile([lease]).adopted == ("lease",)
+    assert net.reaches(4) == "a" and net.answers(4, "a")
+    assert fast_packets(net, "fast_up") == fast_packets(net, "fast_down") == 2
+    upf = net.hosts["upf"]
+    remove(upf.path)
+    listed = upf.run(
+        lambda: subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
+    )
+    assert listed == ""
