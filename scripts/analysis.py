@@ -24,7 +24,7 @@ def analyse(folder: Path) -> dict[str, Any]:
     """Analyse a result folder; writes `summary.json` there and returns what it holds."""
     results = ResultFolder(folder)
     match results.experiment:
-        case "relocation":
+        case "relocation" | "handover":
             figures = relocation_summary(results, build_traces(results))
         case "expiry":
             figures = expiry_summary(results, build_traces(results))

@@ -58,6 +58,12 @@ class Episode:
     switched_ns: int = 0
     """The downlink's first packet from the target."""
     epoch: int = 0
+    gnb: str = ""
+    """The gNB that the UE was handed over to; empty without a handover."""
+    handover_ns: int = 0
+    """The handover begins ..."""
+    path_switched_ns: int = 0
+    """... and the paths of the UE are switched, downlink and uplink."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +99,7 @@ EPISODES_SCHEMA = pa.schema(
             "switched",
         )
     ]
-    + [("epoch", pa.int32())]
+    + [("epoch", pa.int32()), ("gnb", _TEXT), ("handover_ns", _NS), ("path_switched_ns", _NS)]
 )
 LEASES_SCHEMA = pa.schema(
     [

@@ -80,6 +80,14 @@ class Network:
         self._route_uplink(moved, target)
         moved.serving_gnb = gnb
 
+    def set_radio(self, ue: str | Ue, gnb: str, *, up: bool) -> None:
+        """Have a radio link between a UE and a gNB, or lose it: neither end is told.
+
+        Raises TopologyError.
+        """
+        moved = ue if isinstance(ue, Ue) else self._ue(ue)
+        self._nodes[self._gnb(gnb).name].stack.set_port(moved.name, forwarding=up)
+
     def add_service(self, anchor: str, address4: IPv4Address, address6: IPv6Address) -> None:
         """Let the anchor answer for a service's addresses."""
         if anchor not in self.anchors:

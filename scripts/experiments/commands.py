@@ -21,6 +21,10 @@ run = LazyGroup(
             "scripts.experiments.commands:relocation",
             "Move live traffic between two anchors; count what is lost.",
         ),
+        "handover": (
+            "scripts.experiments.commands:handover",
+            "Hand UEs over to another gNB, their anchor following; count what is lost.",
+        ),
         "expiry": (
             "scripts.experiments.commands:expiry",
             "Let leases expire, the controller dead in half; count what still passes.",
@@ -85,35 +89,45 @@ def _common_options(command: Command) -> Command:
     return command
 
 
+def _episode_options(command: Command) -> Command:
+    for option in reversed(
+        (
+            click.option(
+                "--arms",
+                default="none,mbb,bbm",
+                show_default=True,
+                help="none: nothing moves, the noise floor; mbb: make before break; bbm: break "
+                "before make, the control that must lose packets. Interleaved in random order.",
+            ),
+            click.option(
+                "--relocations",
+                type=click.IntRange(1, 100_000),
+                default=100,
+                show_default=True,
+                help="Relocations per arm.",
+            ),
+            click.option(
+                "--between",
+                default="edge1,edge2",
+                show_default=True,
+                help="The two anchors to relocate between.",
+            ),
+            click.option(
+                "--window-ms",
+                type=click.IntRange(100, 60_000),
+                default=300,
+                show_default=True,
+                help="How long an episode lasts, at least: its packets are those sent in it.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
 @_common_options
-@click.option(
-    "--arms",
-    default="none,mbb,bbm",
-    show_default=True,
-    help="none: no relocation, the noise floor; mbb: make before break; bbm: break before make, "
-    "the control that must lose packets. Interleaved in random order.",
-)
-@click.option(
-    "--relocations",
-    type=click.IntRange(1, 100_000),
-    default=100,
-    show_default=True,
-    help="Relocations per arm.",
-)
-@click.option(
-    "--between",
-    default="edge1,edge2",
-    show_default=True,
-    help="The two anchors to relocate between.",
-)
-@click.option(
-    "--window-ms",
-    type=click.IntRange(100, 60_000),
-    default=300,
-    show_default=True,
-    help="How long an episode lasts, at least: its packets are those sent in it.",
-)
+@_episode_options
 def relocation(**options: Any) -> None:
     """Move live traffic between two anchors; count what is lost.
 
@@ -126,20 +140,56 @@ def relocation(**options: Any) -> None:
     """
     from scripts.experiments import relocation as experiment
 
-    arms = _names(options.pop("arms"))
-    for arm in arms:
-        if arm not in experiment.ARMS:
-            raise UserError(
-                f"--arms: there is no arm {arm}; there are {', '.join(experiment.ARMS)}",
-                EXIT_BAD_INPUT,
-            )
-    between = _names(options.pop("between"))
-    if len(between) != 2:
-        raise UserError("--between: name two different anchors, as in edge1,edge2", EXIT_BAD_INPUT)
-    experiment.run(
-        experiment.Options(arms=arms, between=(between[0], between[1]), **_typed(options))
-    )
+    experiment.run(experiment.Options(**_typed(_with_episodes(options))))
     _finish(options["out"])
+
+
+@click.command()
+@_common_options
+@_episode_options
+@click.option(
+    "--gnbs",
+    default="gnb1,gnb2",
+    show_default=True,
+    help="The two gNBs to hand over between.",
+)
+@click.option(
+    "--gap-ms",
+    type=click.FloatRange(0, 10_000),
+    default=50.0,
+    show_default=True,
+    help="Without any radio link, in arm bbm.",
+)
+def handover(**options: Any) -> None:
+    """Hand UEs over to another gNB, their anchor following; count what is lost.
+
+    As `run relocation`, but each episode begins with a handover. In arm mbb both radio links are
+    up, and the UPF switches the UE's path in one step; in arm bbm the old link is lost before the
+    new one is there.
+
+    \b
+    Example:
+      aipaging run handover --relocations 100 --rate 5000 --ues 1 --out results/handover
+    """
+    from scripts.experiments import handover as experiment
+
+    gnbs = _two_names(options.pop("gnbs"), "--gnbs", "gNBs, as in gnb1,gnb2")
+    experiment.run(experiment.Options(gnbs=gnbs, **_typed(_with_episodes(options))))
+    _finish(options["out"])
+
+
+def _with_episodes(options: dict[str, Any]) -> dict[str, Any]:
+    """Check and split the options of `_episode_options`."""
+    from scripts.experiments.relocation import ARMS
+
+    arms = _names(options["arms"])
+    for arm in arms:
+        if arm not in ARMS:
+            raise UserError(
+                f"--arms: there is no arm {arm}; there are {', '.join(ARMS)}", EXIT_BAD_INPUT
+            )
+    between = _two_names(options["between"], "--between", "anchors, as in edge1,edge2")
+    return {**options, "arms": arms, "between": between}
 
 
 @click.command()
@@ -193,6 +243,13 @@ def _finish(folder: Path) -> None:
 def _names(text: str) -> tuple[str, ...]:
     """Split a list at its commas; each name once, in order."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _two_names(text: str, option: str, what: str) -> tuple[str, str]:
+    names = _names(text)
+    if len(names) != 2:
+        raise UserError(f"{option}: name two different {what}", EXIT_BAD_INPUT)
+    return names[0], names[1]
 
 
 def _typed(options: dict[str, Any]) -> dict[str, Any]:

@@ -38,20 +38,30 @@ class Options(Common):
 
 def run(options: Options) -> None:
     """Run the experiment and leave raw records and manifest in `options.out`."""
+    scenario = resolve(options)
+    common.run(
+        options,
+        scenario,
+        lambda testbed: Relocations(options, scenario, testbed).run(),
+        break_allowed="bbm" in options.arms,
+    )
+
+
+def resolve(options: Options) -> common.Scenario:
+    """Check the options against topology and catalogue. Raises on bad input."""
     scenario = common.resolve(options)
     hosting = {anchor.name for anchor in scenario.catalogue.anchors}
     for name in options.between:
         if name not in hosting:
             raise UserError(f"--between: {name} is no anchor of the catalogue", EXIT_BAD_INPUT)
-    common.run(
-        options,
-        scenario,
-        lambda testbed: _Run(options, scenario, testbed).run(),
-        break_allowed="bbm" in options.arms,
-    )
+    return scenario
 
 
-class _Run:
+class Relocations:
+    """One run: pages, probes, and the episodes."""
+
+    name = "relocation"
+
     def __init__(self, options: Options, scenario: common.Scenario, testbed: Testbed) -> None:
         self._options = options
         self._scenario = scenario
@@ -60,6 +70,7 @@ class _Run:
         self._session: dict[str, str] = {}  # UE -> session id
 
     def run(self) -> None:
+        """Run all episodes, with the probes around them."""
         options, testbed = self._options, self._testbed
         schedule = self._schedule()
         duration_s = len(schedule) * options.window_ms / 1000 + SLACK_S
@@ -67,7 +78,7 @@ class _Run:
         plan = common.probe_plan(
             options, testbed.network, answers, options.between, tuple(Direction), duration_s
         )
-        common.write_manifest(options, "relocation", self._scenario, testbed.network, plan)
+        common.write_manifest(options, self.name, self._scenario, testbed.network, plan)
         episodes = []
         with ProbeSession(plan, options.out) as probe, common.progress() as bar:
             bar_task = bar.add_task("relocating", total=len(schedule))
@@ -113,11 +124,11 @@ class _Run:
         start_ns = time.time_ns()
         began = time.monotonic()
         source = target = self._at[ue]
-        instants: dict[str, int] = {}
+        instants: dict[str, Any] = {}
         if arm != "none":
             target = next(name for name in options.between if name != source)
             time.sleep(self._scenario.random.uniform(*LEAD_MS) / 1000)
-            instants = self._relocate(ue, target, break_before_make=arm == "bbm")
+            instants = self._move(arm, ue, target)
         # A slow relocation gets a longer episode, so that its stragglers are in it.
         ends = max(began + options.window_ms / 1000, time.monotonic() + TRAIL_MS / 1000)
         time.sleep(ends - time.monotonic())
@@ -131,6 +142,10 @@ class _Run:
             end_ns=time.time_ns(),
             **instants,
         )
+
+    def _move(self, arm: str, ue: str, target: str) -> dict[str, Any]:
+        """Do what the arm is about; return the instants (fields of Episode)."""
+        return self._relocate(ue, target, break_before_make=arm == "bbm")
 
     def _relocate(self, ue: str, target: str, *, break_before_make: bool) -> dict[str, int]:
         """Relocate, then have the downlink sent from the target, as its server would."""

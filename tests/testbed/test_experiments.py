@@ -86,6 +86,22 @@ def test_make_before_break_loses_nothing_and_break_before_make_does(
     assert "entry" in aipaging("evidence", "verify", log, status=1).stdout
 
 
+def test_a_handover_with_both_links_up_loses_nothing_and_a_gap_does(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    aipaging(
+        *("run", "handover", "--relocations", 4, "--rate", 500, "--ues", 1),
+        *("--gap-ms", 40, "--out", out),
+    )
+    arms = summary_of(out)["arms"]
+    for direction in DIRECTIONS:
+        for arm in ("none", "mbb"):
+            assert arms[arm][direction]["lost"] == 0, (arm, direction)
+        assert (
+            arms["bbm"][direction]["lost"] >= 4 * 40 * 0.9 / arms["bbm"][direction]["resolution_ms"]
+        )
+    aipaging("evidence", "verify", out / "evidence.jsonl")
+
+
 def test_nothing_passes_after_a_lease_with_the_controller_dead_in_half(tmp_path: Path) -> None:
     out = tmp_path / "run"
     aipaging("run", "expiry", "--leases", 8, "--ues", 4, "--rate", 1000, "--out", out)
