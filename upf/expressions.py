@@ -30,6 +30,7 @@ META_NFPROTO = 15
 META_L4PROTO = 16
 META_PKTTYPE = 19
 CT_MARK = 3
+EXTHDR_IPV4 = 2
 
 CMP_EQ = 0
 CMP_NEQ = 1
@@ -79,6 +80,19 @@ def meta_load(key: int, reg: int = REG_1) -> Expression:
 def meta_set(key: int, reg: int = REG_1) -> Expression:
     """Set packet metadata from a register."""
     return _expression("meta", ("NFTA_META_KEY", key), ("NFTA_META_SREG", reg))
+
+
+def ip_option_is_there(kind: int, reg: int = REG_1) -> Expression:
+    """Load whether an IPv4 header has an option: one byte, 1 or 0."""
+    return _expression(
+        "exthdr",
+        ("NFTA_EXTHDR_DREG", reg),
+        ("NFTA_EXTHDR_TYPE", kind),
+        ("NFTA_EXTHDR_OFFSET", 0),
+        ("NFTA_EXTHDR_LEN", 1),
+        ("NFTA_EXTHDR_FLAGS", {"NFT_EXTHDR_F_PRESENT"}),
+        ("NFTA_EXTHDR_OP", EXTHDR_IPV4),
+    )
 
 
 def ct_load_mark(reg: int = REG_1) -> Expression:

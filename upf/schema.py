@@ -4,9 +4,11 @@
                              |                    `--> steer map: mark, accept; else no_lease_uplink
                              |--> from a service --> downlink: return set? else no_lease_downlink
                              |--> from N3 to an anchor's own address --> direct_to_anchor
-                             `--> from an anchor to a UE, as no service --> no_lease_downlink
+                             |--> from an anchor to a UE, as no service --> no_lease_downlink
+                             `--> as a UE or an anchor that is elsewhere --> spoofed_source
     prerouting, mangle   gate_tcp: the same for TCP, after conntrack
-    forward              a source that is not that UE's own --> spoofed_source; QoS class
+    forward              what a route of its own led past the gate: as there, or source_routed
+                         a source that is not that UE's own --> spoofed_source; QoS class
 
 Each reason to drop is a chain that counts. TCP connections are pinned by conntrack mark to the
 anchor on which they began (`drain` set); all other service traffic stays out of conntrack. Each
@@ -17,7 +19,7 @@ changes all of it.
 from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
+from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, NFPROTO_IPV4
 
 from upf import expressions as nft
 from upf.config import MARK_BASE, MARK_MASK, GateConfig
@@ -35,12 +37,16 @@ from upf.tables import (
     within,
 )
 
-VERSION = 4
-DROP_REASONS = ("no_lease_uplink", "no_lease_downlink", "spoofed_source", "direct_to_anchor")
+VERSION = 5
+DROP_REASONS = (
+    *("no_lease_uplink", "no_lease_downlink"),
+    *("spoofed_source", "direct_to_anchor", "source_routed"),
+)
 
 PREROUTING, FORWARD = 0, 2
 PRIORITY_RAW, PRIORITY_MANGLE = -300, -150
 IPPROTO_TCP = 6
+LOOSE_SOURCE_ROUTE, STRICT_SOURCE_ROUTE = 131, 137  # IPv4 options (RFC 791)
 TCP_FLAGS_OFFSET, TCP_SYN, TCP_ACK = 13, 0x02, 0x10
 
 
@@ -94,9 +100,12 @@ class Schema:
     def _elements(self) -> dict[str, dict[bytes, bytes]]:
         config = self.config
         marks = {anchor.name: nft.u32(config.mark(anchor.name)) for anchor in config.anchors}
+        n3 = {ifname_key(name) for name in config.n3_interfaces}
+        anchor_ports = {ifname_key(anchor.interface) for anchor in config.anchors}
         static: dict[str, list[bytes]] = {
-            "n3": [ifname_key(name) for name in config.n3_interfaces],
-            "anchor_ports": sorted({ifname_key(anchor.interface) for anchor in config.anchors}),
+            "n3": sorted(n3),
+            "anchor_ports": sorted(anchor_ports),
+            "edges": sorted(n3 | anchor_ports),
             "same": [mark + mark for mark in marks.values()],
             "home": [
                 ifname_key(anchor.interface) + marks[anchor.name] for anchor in config.anchors
@@ -106,10 +115,11 @@ class Schema:
             "access4": [],
             "access6": [],
         }
-        for attachment in config.attachments:
-            static[f"access{attachment.address.version}"].append(
-                ifname_key(attachment.interface) + attachment.address.packed
-            )
+        places = [(place.interface, place.address) for place in config.attachments]
+        for anchor in config.anchors:
+            places += [(anchor.interface, anchor.address4), (anchor.interface, anchor.address6)]
+        for interface, address in places:
+            static[f"access{address.version}"].append(ifname_key(interface) + address.packed)
         return {name: dict.fromkeys(keys, b"") for name, keys in static.items()}
 
     # Chains and rules
@@ -124,6 +134,12 @@ class Schema:
             nft.compare(nft.u32(MARK_BASE)),
         ]
         yield "forward", [*ours, nft.verdict(nft.ACCEPT)]  # steered: its source was checked
+        for option in (LOOSE_SOURCE_ROUTE, STRICT_SOURCE_ROUTE):
+            # Its header shows where it goes on to only after this hook.
+            has_option = [nft.ip_option_is_there(option), nft.compare(b"\1")]
+            is_ipv4 = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([NFPROTO_IPV4]))]
+            source_routed = [*is_ipv4, *has_option, *_iif_in("edges")]
+            yield "forward", [*source_routed, nft.goto("source_routed")]
         for family in FAMILIES:
             proto = [nft.meta_load(nft.META_NFPROTO), nft.compare(bytes([family.nfproto]))]
             index = FAMILIES.index(family)
@@ -134,10 +150,19 @@ class Schema:
             for chain, suffix in (("gate", ""), ("gate_tcp", "_tcp")):
                 yield chain, [*to_service, nft.goto(family.name(f"uplink{suffix}"))]
                 yield chain, [*from_service, nft.goto(family.name(f"downlink{suffix}"))]
+            yield "forward", [*to_service, nft.goto("no_lease_uplink")]  # and not steered
             to_anchor = [*proto, *_key(family, "daddr"), nft.in_set(family.name("anchors"))]
-            yield "gate", [*to_anchor, *_iif_in("n3"), nft.goto("direct_to_anchor")]
             to_ue = [*proto, *within(family, "daddr", ues)]
-            yield "gate", [*to_ue, *_iif_in("anchor_ports"), nft.goto("no_lease_downlink")]
+            as_no_service = within(family, "saddr", services, absent=True)
+            for chain in ("gate", "forward"):
+                yield chain, [*to_anchor, *_iif_in("n3"), nft.goto("direct_to_anchor")]
+                past_lease = [*to_ue, *_iif_in("anchor_ports"), *as_no_service]
+                yield chain, [*past_lease, nft.goto("no_lease_downlink")]
+            # Whom the control plane knows by address is who it is, also to this machine itself.
+            known_as_anchor = [*_key(family, "saddr"), nft.in_set(family.name("anchors"))]
+            for known in (within(family, "saddr", ues), known_as_anchor):
+                spoofed = [*proto, *known, *_iif_in("edges"), *_not_its_own(family)]
+                yield "gate", [*spoofed, nft.goto("spoofed_source")]
             yield "forward", [*proto, nft.goto(family.name("forward"))]
             yield from self._gate_rules(family)
             yield from self._tcp_rules(family)
@@ -146,8 +171,7 @@ class Schema:
     def _gate_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
         """What is not TCP is decided here, by the lease alone, and stays out of conntrack."""
         uplink, downlink = family.name("uplink"), family.name("downlink")
-        not_its_own = nft.in_set(family.name("access"), absent=True)
-        yield uplink, [*_key(family, "iifname", "saddr"), not_its_own, nft.goto("spoofed_source")]
+        yield uplink, [*_not_its_own(family), nft.goto("spoofed_source")]
         pass_on = [nft.notrack(), nft.verdict(nft.ACCEPT)]
         yield uplink, [*_NOT_TCP, *_steer(family), nft.meta_set(nft.META_MARK), *pass_on]
         yield uplink, [*_NOT_TCP, nft.goto("no_lease_uplink")]
@@ -175,9 +199,9 @@ class Schema:
         yield uplink, [*same, nft.verdict(nft.ACCEPT)]
         yield uplink, [nft.goto("no_lease_uplink")]
 
-        not_home = [*_key(family, "iifname", "ct mark"), nft.in_set("home", absent=True)]
-        yield downlink, [*not_home, nft.goto("no_lease_downlink")]
-        yield downlink, [*_leased(family), nft.verdict(nft.ACCEPT)]
+        # What belongs to no connection (conntrack finds it invalid) is at home nowhere.
+        at_home = [*_key(family, "iifname", "ct mark"), nft.in_set("home")]
+        yield downlink, [*at_home, *_leased(family), nft.verdict(nft.ACCEPT)]
         yield downlink, [nft.goto("no_lease_downlink")]
 
     def _forward_rules(
@@ -188,9 +212,7 @@ class Schema:
         Whoever sends to a UE may be the server of a lease of QoS alone.
         """
         forward = family.name("forward")
-        not_its_own = nft.in_set(family.name("access"), absent=True)
-        spoofed = [*_iif_in("n3"), *_key(family, "iifname", "saddr"), not_its_own]
-        yield forward, [*spoofed, nft.goto("spoofed_source")]
+        yield forward, [*_iif_in("n3"), *_not_its_own(family), nft.goto("spoofed_source")]
         qos = [*_key(family, "daddr", "saddr"), nft.from_map(family.name("qos"))]
         yield forward, [*within(family, "daddr", ues), *qos, nft.meta_set(nft.META_PRIORITY)]
 
@@ -203,6 +225,12 @@ _NOT_TCP = [
 
 def _iif_in(name: str) -> list[Expression]:
     return [nft.meta_load(nft.META_IIFNAME), nft.in_set(name)]
+
+
+def _not_its_own(family: Family) -> list[Expression]:
+    """Go on if the source may not come from this interface."""
+    access = nft.in_set(family.name("access"), absent=True)
+    return [*_key(family, "iifname", "saddr"), access]
 
 
 def _steer(family: Family) -> list[Expression]:
@@ -219,6 +247,7 @@ def _sets(table: Table) -> Iterator[Message]:
     counter = {"NFTA_SET_EXPR": nft.counter()}
     yield table.set("n3", (TYPE_IFNAME,), IFNAME_BYTES)
     yield table.set("anchor_ports", (TYPE_IFNAME,), IFNAME_BYTES)
+    yield table.set("edges", (TYPE_IFNAME,), IFNAME_BYTES)  # both
     yield table.set("same", (TYPE_MARK, TYPE_MARK), 8)
     yield table.set("home", (TYPE_IFNAME, TYPE_MARK), IFNAME_BYTES + 4)
     for family in FAMILIES:

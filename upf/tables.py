@@ -57,13 +57,15 @@ def ifname_key(name: str) -> bytes:
     return name.encode().ljust(IFNAME_BYTES, b"\0")
 
 
-def within(family: Family, field: str, prefix: IPv4Network | IPv6Network) -> list[Expression]:
-    """Go on only if this address field (`saddr`, `daddr`) is within a prefix."""
+def within(
+    family: Family, field: str, prefix: IPv4Network | IPv6Network, *, absent: bool = False
+) -> list[Expression]:
+    """Go on only if this address field (`saddr`, `daddr`) is (or is not) within a prefix."""
     offset = family.source_offset if field == "saddr" else family.destination_offset
     return [
         nft.payload(nft.NETWORK_HEADER, offset, family.address_bytes, nft.register(0)),
         nft.mask(prefix.netmask.packed),
-        nft.compare(prefix.network_address.packed),
+        nft.compare(prefix.network_address.packed, operator=nft.CMP_NEQ if absent else nft.CMP_EQ),
     ]
 
 
