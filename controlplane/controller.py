@@ -300,7 +300,7 @@ class Controller:
         try:
             return await self.committer.submit(change)
         except EnforcementError:
-            self._disagree()
+            self.disagree()
             raise
 
     @staticmethod
@@ -375,7 +375,8 @@ class Controller:
                 self._kernel_disagrees = True
                 raise
 
-    def _disagree(self) -> None:
+    def disagree(self) -> None:
+        """Say that the kernel may not be as the ledger: the next round of upkeep repairs it."""
         self._kernel_disagrees = True
         self.changed()
 
@@ -388,7 +389,7 @@ class Controller:
             with suppress(EnforcementError):  # then the kernel's own timeouts close it
                 await self.end(leases, lease.Fail())
         finally:
-            self._disagree()
+            self.disagree()
 
 
 def _uuid4(digits: str) -> str:

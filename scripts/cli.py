@@ -71,6 +71,10 @@ COMMANDS = {
         "scripts.serve:command",
         "Serve the control plane as a daemon, on any Linux router.",
     ),
+    "upf": (
+        "scripts.upf:command",
+        "Run the user plane alone, for a control plane beside it.",
+    ),
     "client-secret": (
         "scripts.client_secret:command",
         "Make a secret for a client of the daemon's API.",

@@ -4,7 +4,6 @@ It prints one line of JSON when it serves. It may be killed at any instant: leas
 kernel until their deadlines, and the next start rebuilds itself from its store.
 """
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -25,17 +24,15 @@ from controlplane.admission import Rates
 from controlplane.body_limit import BodyLimit
 from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.clock import Clock
-from controlplane.configfile import ConfigModel, load_yaml
+from controlplane.configfile import load_yaml
 from controlplane.controller import Settings
-from controlplane.enforcement import EnforcementError
 from controlplane.fleet import FleetError
 from controlplane.http_server import HttpServer
-from controlplane.intent import Name
 from controlplane.keys import KeyFileError, KeyRing, generate_key, load_private_key
 from controlplane.listeners import Listener, ListenError, TcpListener, UnixListener
 from controlplane.northbound.app import create_app
 from controlplane.northbound.plane import OPERATOR_LISTENER
-from controlplane.parties import AnchorRefusedError, Subscriber
+from controlplane.parties import AnchorRefusedError
 from controlplane.policy import Tenants, load_tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox
@@ -43,18 +40,15 @@ from controlplane.sqlite_store import SqliteStore
 from controlplane.store import StoreError
 from controlplane.tracing import TracingUnavailable, configure_tracing
 from controlplane.triggers import TriggerSettings
-from scripts import evidence_files
+from scripts import evidence_files, user_plane
 from scripts.errors import UserError, require_root
-from upf import qos, routing
-from upf.config import AnchorPort, Attachment, GateConfig
-from upf.features import probe
+from scripts.user_plane import UserPlaneConfig, install, remove
+from upf.config import AnchorPort
 from upf.gate import Gate
-from upf.gate import remove as remove_gate
 from upf.local import LocalUserPlane
-from upf.routing import RoutingError
+from upf.remote import RemoteUserPlane
 
 READY_TIMEOUT_S = 0.5
-THIS_NETNS = "/proc/self/ns/net"
 STORE_FILE = "control.db"
 EVIDENCE_KEY_FILE = "evidence.key"
 KEYS_FOLDER = "keys"
@@ -62,33 +56,21 @@ SOCKET_FILE = "operator.sock"
 
 # What may be wrong with the machine or its state, said in one line.
 FAILURES = (
-    *(StoreError, ListenError, KeyFileError, FleetError, EnforcementError),
-    *(RoutingError, qos.QosError, TracingUnavailable),
+    *(StoreError, ListenError, KeyFileError, FleetError, TracingUnavailable),
+    *user_plane.FAILURES,
 )
 
 log = logging.getLogger(__name__)
-Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 
 
-class CellConfig(ConfigModel):
-    """A gNB's cell: what it can carry, and the N3 interface towards it."""
-
-    n3_interface: str
-    downlink_mbps: Mbps
-    uplink_mbps: Mbps
-
-
-class ServeConfig(ConfigModel):
+class ServeConfig(UserPlaneConfig):
     """What the daemon is told: its network, its catalogue, and where it keeps its state."""
 
-    catalogue: Path
     state: Path  # folder, readable by its owner only: store and keys
     operator_socket: Path | None = None  # by default in the state folder
     tenants: Path | None = None
     listen: tuple[str, ...] = ()  # ADDRESS:PORT, an IPv6 address in brackets
-    cells: dict[Name, CellConfig]
-    anchors: tuple[AnchorPort, ...]  # where anchors are attached, on N6
-    subscribers: tuple[Subscriber, ...]
+    upf_socket: Path | None = None  # of `aipaging upf`, if the user plane is a process of its own
     settings: Settings = Settings()
     triggers: TriggerSettings = TriggerSettings()
     failure_detection_ms: Annotated[int, Field(ge=20, le=60_000)] = 200
@@ -96,25 +78,6 @@ class ServeConfig(ConfigModel):
     traces: str | None = None  # OTLP/HTTP endpoint for traces of transactions (extra `otel`)
     api_root: str = "http://localhost"
     allow_http_sinks: bool = False
-    upf_netns: str = THIS_NETNS  # the network namespace of the user plane
-    # What the kernel can do (upf.features); by default it is probed.
-    in_place_renewal: bool | None = None
-    fast_path: bool | None = None  # forwarding at ingress; `false`: let all pass the forward hook
-
-    def gate(self, catalogue: Catalogue) -> GateConfig:
-        """Describe the user plane to the gate: every UE may come through every N3 interface."""
-        n3 = tuple(cell.n3_interface for cell in self.cells.values())
-        return GateConfig(
-            n3_interfaces=n3,
-            anchors=self.anchors,
-            attachments=tuple(
-                Attachment(interface, address)
-                for interface in n3
-                for subscriber in self.subscribers
-                for address in (subscriber.address4, subscriber.address6)
-            ),
-            qos_classes=qos.class_ids(catalogue.qos_shares()),
-        )
 
     def network(self) -> Network:
         """Describe the network to the control plane."""
@@ -153,31 +116,28 @@ class HttpAnchors:
         return answer.status_code == httpx.codes.OK
 
 
-def install(config: ServeConfig, catalogue: Catalogue) -> Gate:
-    """Bring the user plane about, or adopt what an earlier process left."""
-    gate_config = config.gate(catalogue)
-    renewal, fast_path = config.in_place_renewal, config.fast_path
-    if renewal is None or fast_path is None:
-        features = probe()
-        renewal = features.in_place_renewal if renewal is None else renewal
-        fast_path = features.netdev_forward if fast_path is None else fast_path
-    routing.install(config.upf_netns, gate_config)
-    capacities = {
-        cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
-    }
-    qos.install(config.upf_netns, capacities, catalogue.qos_shares())
-    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal, fast_path=fast_path)
+@contextlib.asynccontextmanager
+async def enforcing(
+    config: ServeConfig, gate: Gate | None
+) -> AsyncIterator[LocalUserPlane | RemoteUserPlane]:
+    """Yield the user plane: the gate in this process, or the one behind a socket."""
+    if gate is not None:
+        yield LocalUserPlane(gate)
+    else:
+        assert config.upf_socket is not None
+        async with RemoteUserPlane(config.upf_socket) as remote:
+            yield remote
 
 
-async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
-    """Serve until SIGTERM or SIGINT."""
+async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate | None) -> None:
+    """Serve until SIGTERM or SIGINT. Without a gate the user plane is that of `upf_socket`."""
     tenants = load_tenants(config.tenants) if config.tenants else Tenants()
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = SqliteStore(config.state / STORE_FILE)
-    with contextlib.closing(store):
+    async with contextlib.AsyncExitStack() as undo:
+        undo.enter_context(contextlib.closing(store))
+        enforcer = await undo.enter_async_context(enforcing(config, gate))
         clock = Clock()
-        user_plane = LocalUserPlane(gate)
-        user_plane.follow_routes(asyncio.get_running_loop())
         service = Service(
             catalogue=catalogue,
             network=config.network(),
@@ -186,7 +146,7 @@ async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
             outbox=SqliteOutbox(store),
             keys=KeyRing.open(config.state / KEYS_FOLDER, clock.to_unix_ns(clock.now_ns())),
             evidence_key=_evidence_key(config.state / EVIDENCE_KEY_FILE),
-            enforcer=user_plane,
+            enforcer=enforcer,
             gateway=HttpAnchors(catalogue, config.anchors),
             clock=clock,
             options=Options(
@@ -198,6 +158,8 @@ async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate) -> None:
                 allow_http_sinks=config.allow_http_sinks,
             ),
         )
+        if isinstance(enforcer, RemoteUserPlane):
+            enforcer.reconnected = service.plane.controller.disagree
         evidence_files.check_continues(config.state, service.plane.log, service.plane.signer)
         evidence_files.publish(config.state, service.plane.log, service.plane.signer)
 
@@ -242,13 +204,6 @@ def _ready() -> None:
     print(json.dumps({"event": "ready"}), flush=True)
 
 
-def remove(config: ServeConfig) -> None:
-    """Take everything away that the daemon left in the user plane: leases end at once."""
-    remove_gate(config.upf_netns)
-    routing.remove(config.upf_netns)
-    qos.remove(config.upf_netns, [cell.n3_interface for cell in config.cells.values()])
-
-
 def write_config(path: Path, config: ServeConfig) -> None:
     """Write a configuration as JSON, which is YAML."""
     path.write_bytes(TypeAdapter(ServeConfig).dump_json(config))
@@ -282,8 +237,11 @@ def command(file: Path, only_remove: bool, log_level: str) -> None:
       aipaging sessions --socket /var/lib/aipaging/operator.sock
       aipaging serve router.yaml --remove
     """
-    require_root("the user plane")
     config = load_yaml(file, ServeConfig)
+    if config.upf_socket is None:
+        require_root("the user plane")
+    elif only_remove:
+        raise UserError(f"{file} has upf_socket: 'aipaging upf ... --remove' takes that away")
     if only_remove:
         remove(config)
         return
@@ -293,8 +251,10 @@ def command(file: Path, only_remove: bool, log_level: str) -> None:
         configure_tracing(config.traces)
     try:
         catalogue = load_catalogue(config.catalogue)
-        # Before the event loop: pyroute2 runs one of its own.
-        with contextlib.closing(install(config, catalogue)) as gate:
+        with contextlib.ExitStack() as undo:
+            gate = None
+            if config.upf_socket is None:  # before the event loop: pyroute2 runs one of its own
+                gate = undo.enter_context(contextlib.closing(install(config, catalogue)))
             uvloop.run(serve(config, catalogue, gate))
     except FAILURES as error:
         raise UserError(str(error)) from error

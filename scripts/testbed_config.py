@@ -7,7 +7,8 @@ from pathlib import Path
 from controlplane.catalogue import Anchor, Catalogue
 from controlplane.controller import Settings
 from controlplane.parties import Subscriber
-from scripts.serve import CellConfig, ServeConfig
+from scripts.serve import ServeConfig
+from scripts.user_plane import CellConfig
 from topologies.network import Network
 from topologies.spec import AnchorSpec
 from upf.config import AnchorPort

@@ -4,10 +4,10 @@ The tree itself gives nobody anything: without a lease's `qos` element every pac
 default class. A profile's class is guaranteed a share of the cell's capacity and goes first; what
 it leaves, and no more than the cell can carry, is best effort.
 
-    1:    root
-    1:1   the cell's capacity
-    1:10  best effort: what is not guaranteed, up to everything
-    1:20, 1:21, ...  one class a profile: its share guaranteed, up to everything
+    a15:    root
+    a15:1   the cell's capacity
+    a15:10  best effort: what is not guaranteed, up to everything
+    a15:20, a15:21, ...  one class a profile: its share guaranteed, up to everything
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,8 @@ from pyroute2 import IPRoute
 
 from upf.netns import route_socket
 
-ROOT, WHOLE, BEST_EFFORT, FIRST_PROFILE = 0x1_0000, 0x1_0001, 0x1_0010, 0x1_0020
+# A major number that is nobody's habit, as 1: is.
+ROOT, WHOLE, BEST_EFFORT, FIRST_PROFILE = 0xA15_0000, 0xA15_0001, 0xA15_0010, 0xA15_0020
 MAX_PROFILES = 0x100
 QUEUE_PACKETS = 1_000
 BURST_MS = 2

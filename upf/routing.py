@@ -15,6 +15,7 @@ from upf.netns import route_socket
 
 FIRST_TABLE = 45_001
 RULE_PRIORITY = 4_500
+PROTOCOL = 161  # who made a route (rtm_protocol); this number is nobody else's
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -29,6 +30,9 @@ def install(netns_path: str, config: GateConfig) -> None:
     ours and is wanted no more is removed last.
     """
     with route_socket(netns_path) as routes:
+        for number in range(len(config.anchors)):
+            for family in FAMILIES:
+                _check_free(routes, family, FIRST_TABLE + number)
         for number, anchor in enumerate(config.anchors):
             found = routes.link_lookup(ifname=anchor.interface)
             if not found:
@@ -41,6 +45,7 @@ def install(netns_path: str, config: GateConfig) -> None:
                     gateway=str(gateway),
                     oif=found[0],
                     table=FIRST_TABLE + number,
+                    proto=PROTOCOL,
                 )
         wanted = {
             (config.mark(anchor.name), FIRST_TABLE + number)
@@ -59,6 +64,21 @@ def remove(netns_path: str) -> None:
     with route_socket(netns_path) as routes:
         for family in FAMILIES:
             _remove(routes, family, _ours(routes, family))
+
+
+def _check_free(routes: IPRoute, family: int, table: int) -> None:
+    """Raise RoutingError if a table has routes that are not ours."""
+    try:
+        found = list(routes.get_routes(family=family, table=table))
+    except NetlinkError as error:
+        if error.code != errno.ENOENT:
+            raise
+        return
+    if any(route["proto"] != PROTOCOL for route in found):
+        raise RoutingError(
+            f"route table {table} has routes of somebody else's: tables from {FIRST_TABLE} on, one "
+            "for each anchor, have to be free"
+        )
 
 
 def _rule(mark: int, table: int) -> dict[str, int]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from controlplane.catalogue import Catalogue
 from controlplane.parties import Subscriber
-from scripts.serve import CellConfig, ServeConfig
+from scripts.serve import ServeConfig
+from scripts.user_plane import CellConfig
 from upf.config import AnchorPort
 from upf.netns import Namespace, connect
 
