@@ -43,7 +43,7 @@ OBEDIENT = {  # a router that does as packets tell it, tells all, and checks no 
     "ipv4/conf/all/rp_filter": "0",
     "ipv6/conf/all/seg6_enabled": "1",
 }
-FLOOD_PACKETS = 10_000
+FLOOD_PACKETS = 20_000
 FULL_BYTES = 1_400  # too many for whoever believes a forged error about the MTU
 
 
@@ -103,14 +103,16 @@ class Arena:
     def send(self, host: str, frames: list[bytes]) -> None:
         """Send frames, then one that every router passes, and wait until that is at its end.
 
-        They take the same way through the kernel, on one CPU, in order.
+        They take the same way through the kernel, in order.
         """
         self._sentinels += 1
         last = b"sentinel-%08d" % self._sentinels
         other = NEIGHBOUR[host]
         sentinel = IP(src=OWN[host], dst=OWN[other]) / UDP(sport=1, dport=9) / last
-        for frame in (*frames, self.frame(host, sentinel)):
-            self._taps[host].send(frame)
+        frames = [*frames, self.frame(host, sentinel)]
+        with on_one_cpu():
+            for frame in frames:
+                self._taps[host].send(frame)
         until = time.monotonic() + 2
         while not any(last in frame for frame in self._listen(other)):
             assert time.monotonic() < until, f"{host}'s sentinel does not reach {other}"
@@ -137,13 +139,19 @@ class Arena:
 
 @contextmanager
 def arena() -> Iterator[Arena]:
-    """Pinned to one CPU, so that what is sent in order stays in order."""
-    cpus = os.sched_getaffinity(0)
     with plane() as net, ExitStack() as stack:
-        made = Arena(net, stack)
-        os.sched_setaffinity(0, {min(cpus)})
-        stack.callback(os.sched_setaffinity, 0, cpus)
-        yield made
+        yield Arena(net, stack)
+
+
+@contextmanager
+def on_one_cpu() -> Iterator[None]:
+    """Keep this thread there, so that what it sends in order stays in order."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cpus)
 
 
 @contextmanager
