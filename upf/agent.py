@@ -38,24 +38,25 @@ class Agent:
 
     async def serve(self, listening: socket.socket, stop: asyncio.Event) -> None:
         """Answer until `stop` is set."""
-        connections: set[asyncio.Task[None]] = set()
+        connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
         async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
-            connections.add(task)
+            connections[task] = writer
             try:
                 await self._serve_one(reader, writer)
             finally:
-                connections.discard(task)
+                del connections[task]
                 writer.close()
 
         server = await asyncio.start_unix_server(accept, sock=listening)
         await stop.wait()
         server.close()
-        for task in connections:
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        tasks = list(connections)
+        for writer in connections.values():
+            writer.transport.abort()  # as if the other end had gone
+        await asyncio.gather(*tasks)
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         handle: socket.socket = writer.get_extra_info("socket")

@@ -183,7 +183,9 @@ class _Connection:
                 waiting = self._waiting.popleft()
                 if not waiting.done():  # it may have been cancelled
                     waiting.set_result(answer)
-        except (EOFError, OSError, ProtocolError, IndexError) as error:
+        except EOFError:
+            why = "it hung up"
+        except (OSError, ProtocolError, IndexError) as error:
             why = str(error)
         finally:
             self._over = True

@@ -27,8 +27,9 @@ class Echoes:
     ) -> None:
         self._near, self._far, self._address = near, far, address
         self._padding = bytes(size_bytes - NUMBER.size)
+        near.settimeout(None)  # where a buffer is full, it waits
+        far.settimeout(QUIET_S)
         for end in (near, far):
-            end.settimeout(QUIET_S)
             end.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER_BYTES)
         self._over = threading.Event()
         self._threads = [threading.Thread(target=work) for work in (self._send, self._return)]
@@ -79,6 +80,7 @@ class Echoes:
 
     def _received(self) -> list[bytes]:
         found = []
+        self._near.settimeout(QUIET_S)
         try:
             while data := self._near.recv(65_536):
                 found.append(data)

@@ -51,8 +51,8 @@ class Site:
         self.programs: dict[str, subprocess.Popen[str]] = {}
         stack.callback(self._stop)
         self.secret, self._secret_hash = generate_secret()
-        self.config = folder / "router.yaml"
-        for name in ("router", "catalogue", "tenants"):
+        self.config, self.user_plane = folder / "router.yaml", folder / "upf.yaml"
+        for name in ("router", "catalogue", "tenants", "upf"):
             self._write(name)
         self._wire()
 
@@ -71,6 +71,11 @@ class Site:
     def serve(self) -> None:
         self.start("daemon", "router", ["scripts.cli", "serve", str(self.config)])
 
+    def hold_user_plane(self) -> None:
+        """Start the user plane's agent and wait for its gate; `serve` then serves over it."""
+        self.launch("agent", "router", ["scripts.cli", "upf", str(self.user_plane)])
+        self.wait_for("agent")
+
     def start_anchors(self) -> None:
         services = self.folder / "services.json"
         services.write_text(re.search(r"`services.json` being `(\{.*?\}\})`", DOCUMENT, re.S)[1])
@@ -87,6 +92,11 @@ class Site:
         return (self.folder / f"{name}.log").read_text()
 
     def start(self, name: str, host: str, module: Sequence[str]) -> None:
+        """Start a program and wait until it says that it is ready."""
+        self.launch(name, host, module)
+        self.wait_for(name)
+
+    def launch(self, name: str, host: str, module: Sequence[str]) -> None:
         with (self.folder / f"{name}.log").open("a") as log:
             program = self.hosts[host].run(
                 lambda: subprocess.Popen(
@@ -94,6 +104,9 @@ class Site:
                 )
             )
         self.programs[name] = program
+
+    def wait_for(self, name: str) -> None:
+        program = self.programs[name]
         assert program.stdout is not None
         ready, _, _ = select.select([program.stdout], [], [], START_S)
         assert ready, f"{name} does not start: {self.words(name)}"
@@ -156,6 +169,7 @@ class Site:
         text = block(f"# /etc/aipaging/{name}.yaml")
         text = text.replace("/etc/aipaging", str(self.folder))
         text = text.replace("/var/lib/aipaging", str(self.folder / "state"))
+        text = text.replace("/run/aipaging", str(self.folder / "run"))
         text = re.sub(r"sha256\$[\w$-]+", lambda _: self._secret_hash, text)
         (self.folder / f"{name}.yaml").write_text(text)
 
