@@ -4,6 +4,7 @@ It prints one line of JSON when it serves. It may be killed at any instant: leas
 kernel until their deadlines, and the next start rebuilds itself from its store.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -122,7 +123,9 @@ async def enforcing(
 ) -> AsyncIterator[LocalUserPlane | RemoteUserPlane]:
     """Yield the user plane: the gate in this process, or the one behind a socket."""
     if gate is not None:
-        yield LocalUserPlane(gate)
+        local = LocalUserPlane(gate)
+        local.follow_routes(asyncio.get_running_loop())
+        yield local
     else:
         assert config.upf_socket is not None
         async with RemoteUserPlane(config.upf_socket) as remote:

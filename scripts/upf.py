@@ -29,6 +29,7 @@ from upf import protocol, status
 from upf.agent import Agent
 from upf.features import probe
 from upf.gate import Gate
+from upf.local import LocalUserPlane
 
 STATUS_TIMEOUT_S = 10.0
 
@@ -50,18 +51,18 @@ def run(config: UpfConfig, catalogue: Catalogue) -> None:
         undo.enter_context(owned(config.upf_socket))
         # Before the event loop: pyroute2 runs one of its own.
         gate = undo.enter_context(contextlib.closing(install(config, catalogue)))
-        uvloop.run(_serve(config, catalogue, gate, listening))
+        uvloop.run(_serve(gate, listening))
 
 
-async def _serve(
-    config: UpfConfig, catalogue: Catalogue, gate: Gate, listening: socket.socket
-) -> None:
+async def _serve(gate: Gate, listening: socket.socket) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    about = {"versions": _versions(config, catalogue)}
+    user_plane = LocalUserPlane(gate)
+    user_plane.follow_routes(asyncio.get_running_loop())
     print(json.dumps({"event": "ready"}), flush=True)
-    await Agent(gate, about).serve(listening, stop)
+    about = {"version": version("ai-paging"), "table": gate.comment}
+    await Agent(user_plane, about).serve(listening, stop)
 
 
 def describe(config: UpfConfig, catalogue: Catalogue) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def describe(config: UpfConfig, catalogue: Catalogue) -> dict[str, Any]:
     if found is None:
         found = {
             "agent": None,
-            "versions": _versions(config, catalogue),
+            "version": version("ai-paging"),
             **status.of_kernel(config.upf_netns, config.gate(catalogue)),
         }
     return {**found, "features": probe().to_json()}
@@ -93,13 +94,6 @@ async def _ask(path: Path) -> Any:
         raise UserError(f"the agent at {path} does not answer: {error or repr(error)}") from error
     finally:
         writer.close()
-
-
-def _versions(config: UpfConfig, catalogue: Catalogue) -> dict[str, str]:
-    return {
-        "aipaging": version("ai-paging"),
-        "gate": status.fingerprint(config.gate(catalogue)),
-    }
 
 
 @click.command()

@@ -42,7 +42,9 @@ class UserPlaneConfig(ConfigModel):
     anchors: tuple[AnchorPort, ...]  # where anchors are attached, on N6
     subscribers: tuple[Subscriber, ...]
     upf_netns: str = THIS_NETNS  # the network namespace of the user plane
-    in_place_renewal: bool | None = None  # of the kernel (upf.features); by default it is probed
+    # What the kernel can do (upf.features); by default it is probed.
+    in_place_renewal: bool | None = None
+    fast_path: bool | None = None  # forwarding at ingress; `false`: let all pass the forward hook
     replace_qdiscs: bool = False  # those that somebody else put on N3 interfaces
 
     def gate(self, catalogue: Catalogue) -> GateConfig:
@@ -64,16 +66,18 @@ class UserPlaneConfig(ConfigModel):
 def install(config: UserPlaneConfig, catalogue: Catalogue) -> Gate:
     """Bring the user plane about, or adopt what an earlier process left."""
     gate_config = config.gate(catalogue)
-    renewal = config.in_place_renewal
-    if renewal is None:
-        renewal = probe().in_place_renewal
+    renewal, fast_path = config.in_place_renewal, config.fast_path
+    if renewal is None or fast_path is None:
+        features = probe()
+        renewal = features.in_place_renewal if renewal is None else renewal
+        fast_path = features.netdev_forward if fast_path is None else fast_path
     capacities = {
         cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
     }
     ownership.claim_qdiscs(config.upf_netns, capacities, replace=config.replace_qdiscs)
     routing.install(config.upf_netns, gate_config)
     qos.install(config.upf_netns, capacities, catalogue.qos_shares())
-    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal)
+    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal, fast_path=fast_path)
 
 
 def remove(config: UserPlaneConfig) -> None:

@@ -15,9 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from controlplane.enforcement import EnforcementError
+from controlplane.enforcement import EnforcementError, Enforcer
 from upf import protocol
-from upf.gate import Gate
 from upf.protocol import ProtocolError
 
 GREETING_TIMEOUT_S = 5.0
@@ -28,11 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Answers for one gate. All of it runs in one event loop; the gate's own calls do not wait."""
+    """Answers for one user plane. All of it runs in one event loop."""
 
-    def __init__(self, gate: Gate, about: Mapping[str, Any]) -> None:
+    def __init__(self, user_plane: Enforcer, about: Mapping[str, Any]) -> None:
         """`about`: what a status says beside leases and drops."""
-        self._gate = gate
+        self._user_plane = user_plane
         self._about = about
         self._controller: socket.socket | None = None  # the connection of the one that there is
 
@@ -65,7 +64,7 @@ class Agent:
                 hello = await protocol.read(reader, protocol.MAX_GREETING_BYTES)
             greeting = protocol.greeting(hello)
             if greeting.role == "status":
-                writer.write(protocol.encode((protocol.DONE, self._status())))
+                writer.write(protocol.encode((protocol.DONE, await self._status())))
                 await writer.drain()
                 return
             self._admit(greeting)
@@ -81,7 +80,7 @@ class Agent:
             writer.write(protocol.encode((protocol.DONE, {"protocol": protocol.PROTOCOL})))
             while True:
                 question = await protocol.read(reader)
-                writer.write(protocol.encode(self._answer(question)))
+                writer.write(protocol.encode(await self._answer(question)))
                 await writer.drain()
         except ProtocolError as error:
             log.error("the control plane is cut off: %s", error)
@@ -109,31 +108,31 @@ class Agent:
                 f"process {_pid(self._controller)} is the control plane already: stop it first"
             )
 
-    def _answer(self, question: Any) -> tuple[str, Any]:
+    async def _answer(self, question: Any) -> tuple[str, Any]:
         try:
             kind, value = question
-            return (protocol.DONE, self._result(kind, value))
+            return (protocol.DONE, await self._result(kind, value))
         except EnforcementError as error:
             return protocol.refusal(error)
         except (ValueError, TypeError, KeyError) as error:
             raise ProtocolError(f"no question: {error!r}") from error
 
-    def _result(self, kind: str, value: Any) -> Any:
+    async def _result(self, kind: str, value: Any) -> Any:
         match kind:
             case "apply":
-                return self._gate.apply(protocol.operations(value))
+                return await self._user_plane.apply(protocol.operations(value))
             case "usage":
-                return self._gate.usage(protocol.BINDINGS.validate_python(value))
+                return await self._user_plane.usage(protocol.BINDINGS.validate_python(value))
             case "reconcile":
-                return self._gate.reconcile(protocol.BINDINGS.validate_python(value))
+                return await self._user_plane.reconcile(protocol.BINDINGS.validate_python(value))
             case "enforced":
-                return self._gate.enforced()
+                return await self._user_plane.enforced()
             case "drops":
-                return self._gate.drops()
+                return await self._user_plane.drops()
             case _:
                 raise ValueError(f"nobody knows how to {kind}")
 
-    def _status(self) -> dict[str, Any]:
+    async def _status(self) -> dict[str, Any]:
         controller = self._controller
         return {
             "agent": {
@@ -142,8 +141,8 @@ class Agent:
                 "controllerPid": None if controller is None else _pid(controller),
             },
             **self._about,
-            "enforced": self._gate.enforced(),
-            "drops": self._gate.drops(),
+            "enforced": await self._user_plane.enforced(),
+            "drops": await self._user_plane.drops(),
         }
 
 

@@ -96,7 +96,7 @@ class Gate:
         except FastPathError as error:
             raise EnforcementError(str(error)) from error
         self._elements = LeaseElements(config, there)
-        comment = _fingerprint(config, there)
+        self.comment = comment = fingerprint(config, there)
         wanted = {NFPROTO_INET: comment}
         if there is not None:
             wanted[NFPROTO_NETDEV] = comment
@@ -308,7 +308,7 @@ class Gate:
         raise EnforcementError("this machine is too slow to time a lease")
 
 
-def _fingerprint(config: GateConfig, there: Ports | None) -> str:
+def fingerprint(config: GateConfig, there: Ports | None) -> str:
     """Return what tells these tables from those of another version or configuration."""
     digest = hashlib.sha256(repr((VERSION, config, there)).encode()).hexdigest()[:16]
     return f"ai-paging gate {VERSION} {digest}"

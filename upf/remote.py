@@ -26,7 +26,7 @@ from upf import protocol
 from upf.protocol import ProtocolError
 
 PATIENCE_S = 5.0  # for which an agent may be away before what is asked of it fails
-RETRY_S, MOST_RETRY_S = 0.02, 0.5
+RETRY_S, MOST_RETRY_S = 0.02, 0.1
 ANSWER_TIMEOUT_S = 30.0  # more than the largest reconciliation takes; then the agent is stuck
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class RemoteUserPlane:
         if self._connection is None:
             left_s = self._lost_at + PATIENCE_S - asyncio.get_running_loop().time()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(left_s, 0)):
+                async with asyncio.timeout(max(left_s, 2 * MOST_RETRY_S)):
                     await self._back.wait()
         if self._connection is None:
             raise EnforcementError(f"the user plane's agent at {self.path} is away")

@@ -200,7 +200,7 @@ def test_neither_death_nor_upgrade_of_the_user_plane_disturbs_others_or_leases(s
             site.user_plane.write_text(text)
             site.hold_user_plane()
             wait_until_reached(site, anchor)
-            assert status(site)["versions"] != found["versions"]
+            assert status(site)["table"] != found["table"]
             assert others_of(around(site)) == others_of(before)
             assert "is running" in fails(site, "upf", str(site.user_plane), "--remove")
             for name in ("daemon", "agent"):
