@@ -17,6 +17,7 @@ import pytest
 from echoes import Echoes
 from router_site import INTENT, LEFT_OVER, SERVICES, UES, Site
 
+from upf.features import probe
 from upf.netns import Namespace, connect
 
 pytestmark = [
@@ -55,8 +56,10 @@ def site(tmp_path: Path) -> Iterator[Site]:
         _connect_others(made)
         with made.config.open("a") as config:
             config.write(f"upf_socket: {tmp_path}/run/upf.sock\n")
+        found = probe()  # so that each start need not
         with made.user_plane.open("a") as config:
-            config.write("in_place_renewal: false\n")  # on no kernel wrong, and known at once
+            config.write(f"in_place_renewal: {str(found.in_place_renewal).lower()}\n")
+            config.write(f"fast_path: {str(found.netdev_forward).lower()}\n")
         yield made
 
 
