@@ -24,9 +24,10 @@ Each figure is the wall time, in microseconds, of one call in this process that 
 kernel has acknowledged. One COMMIT of one family is three elements (steer, return, qos) with
 timeout and comment; dual-stack, six. packed: upf.nft_socket.NftSocket.commit, from elements to
 acknowledgement. encode: the part of it that makes the bytes. gate:
-upf.gate.Gate.apply([Install]), with fencing and the flow's state. pyroute2: the same elements in
-pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event loop inside the
-namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases in one
+upf.gate.Gate.apply([Install]), with fencing and the flow's state. socket: the same by a gate in a
+process of its own, asked over its Unix socket (upf.remote), until its answer is here. pyroute2: the
+same elements in pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event
+loop inside the namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases in one
 transaction, sorted by set, per element. All are interleaved in random order within each round, in
 turns of a few calls; garbage collection is off meanwhile."""
 
@@ -88,6 +89,7 @@ def measure(
 def _ratios(figures: dict[str, Any]) -> dict[str, float]:
     pairs = {
         "gate_to_packed": ("gate_us", "packed_us"),
+        "socket_to_gate": ("socket_us", "gate_us"),
         "pyroute2_to_packed": ("pyroute2_us", "packed_us"),
         "nft_cli_to_packed": ("nft_cli_us", "packed_us"),
         "pyroute2_to_packed_batch": (

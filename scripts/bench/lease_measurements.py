@@ -10,6 +10,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 from controlplane.enforcement import Binding, Flow, Install, Move, Operation, Renew, Revoke
+from scripts.bench.apart import GateApart
 from scripts.bench.installers import (
     CommandLineInstaller,
     Installer,
@@ -83,11 +84,13 @@ class LeaseMeasurements:
         for number in range(live):
             self.gate.apply([Install(binding(number, (4,)))])
         self._check()
+        self._apart = GateApart(namespace.path, undo)
 
     def measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
         """Return name -> a function that measures once: figure -> microseconds."""
         found: dict[str, Callable[[], dict[str, float]]] = {
             "gate": lambda: self._gate("gate", (4,)),
+            "socket": self._socket,
             "gate_dual_stack": lambda: self._gate("gate_dual_stack", (4, 6)),
             "life": self._life,
             "packed": lambda: self._one("packed"),
@@ -157,6 +160,12 @@ class LeaseMeasurements:
         took_us = self._apply(Install(lease))
         self.gate.apply([Revoke(lease)])
         return {f"{name}_us": took_us}
+
+    def _socket(self) -> dict[str, float]:
+        lease = binding(self._next(), (4,))
+        took_us = self._apart.apply(Install(lease))
+        self._apart.apply(Revoke(lease))
+        return {"socket_us": took_us}
 
     def _life(self) -> dict[str, float]:
         number = self._next()

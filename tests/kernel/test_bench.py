@@ -38,6 +38,7 @@ def forwarded() -> dict[str, Any]:
         ("packed_dual_stack_us", ROUNDS * install.TURN_CALLS),
         ("encode_us", ROUNDS * install.TURN_CALLS),
         ("gate_us", ROUNDS * install.TURN_CALLS),
+        ("socket_us", ROUNDS * install.TURN_CALLS),
         ("gate_dual_stack_us", ROUNDS * install.TURN_CALLS),
         ("renew_us", ROUNDS * install.TURN_CALLS),
         ("move_us", ROUNDS * install.TURN_CALLS),
