@@ -27,9 +27,9 @@ acknowledgement. encode: the part of it that makes the bytes. gate:
 upf.gate.Gate.apply([Install]), with fencing and the flow's state. socket: the same by a gate in a
 process of its own, asked over its Unix socket (upf.remote), until its answer is here. pyroute2: the
 same elements in pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event
-loop inside the namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases in one
-transaction, sorted by set, per element. All are interleaved in random order within each round, in
-turns of a few calls; garbage collection is off meanwhile."""
+loop inside the namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases
+in one transaction, sorted by set, per element. All are interleaved in random order within each
+round, in turns of a few calls; garbage collection is off meanwhile."""
 
 TURN_CALLS = 5
 SLOW_SHARE = 10  # batches and the command line are taken once in so many rounds

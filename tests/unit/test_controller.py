@@ -190,7 +190,7 @@ async def test_repair_waits_for_what_is_on_its_way(world: World) -> None:
     moving = asyncio.create_task(world.relocate(grant))
     await until(lambda: world.enforcer.gate.waiting)
     world.trace.clear()
-    world.controller._disagree()
+    world.controller.disagree()
     for _ in range(20):
         await asyncio.sleep(0)
     world.enforcer.gate.open()
