@@ -12,6 +12,7 @@ from upf import routing
 from upf.config import AnchorPort, Attachment, GateConfig
 from upf.gate import Gate
 from upf.netns import Namespace, connect
+from upf.qos import FIRST_PROFILE
 
 UE = {4: ("10.45.0.1", "10.45.0.2"), 6: ("fd00:45::1", "fd00:45::2")}
 SERVICE = {4: "198.18.0.1", 6: "fd00:a151::1"}
@@ -22,7 +23,7 @@ ANCHOR = {
 PORT = 7
 QUIET_S = 0.15  # long enough for a packet to have arrived, had it been let through
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-QOS_CLASS = 0x10020
+QOS_CLASS = FIRST_PROFILE
 
 
 class Plane:
