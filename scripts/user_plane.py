@@ -74,6 +74,7 @@ def install(config: UserPlaneConfig, catalogue: Catalogue) -> Gate:
     capacities = {
         cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
     }
+    ownership.claim_tables(config.upf_netns)
     ownership.claim_qdiscs(config.upf_netns, capacities, replace=config.replace_qdiscs)
     routing.install(config.upf_netns, gate_config)
     qos.install(config.upf_netns, capacities, catalogue.qos_shares())
@@ -82,6 +83,7 @@ def install(config: UserPlaneConfig, catalogue: Catalogue) -> Gate:
 
 def remove(config: UserPlaneConfig) -> None:
     """Take everything away that was left in the kernel: leases end at once."""
+    ownership.claim_tables(config.upf_netns)
     remove_gate(config.upf_netns)
     routing.remove(config.upf_netns)
     qos.remove(config.upf_netns, [cell.n3_interface for cell in config.cells.values()])

@@ -40,7 +40,7 @@ from upf.flows import (
     subject,
 )
 from upf.leases import adopted_flows, enforced_leases
-from upf.messages import batch
+from upf.messages import SIGNATURE, batch
 from upf.nft_socket import BatchError, NftSocket
 from upf.paths import Paths
 from upf.readback import drop_counters, look_up, read_element, read_elements, table_comments
@@ -311,7 +311,7 @@ class Gate:
 def fingerprint(config: GateConfig, there: Ports | None) -> str:
     """Return what tells these tables from those of another version or configuration."""
     digest = hashlib.sha256(repr((VERSION, config, there)).encode()).hexdigest()[:16]
-    return f"ai-paging gate {VERSION} {digest}"
+    return f"{SIGNATURE} {VERSION} {digest}"
 
 
 def _paths(socket: NftSocket) -> dict[bytes, bytes]:

@@ -10,6 +10,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     nft_set_elem_list_msg,
 )
 
+SIGNATURE = "ai-paging gate"  # what the comment of a table of ours begins with
 TABLE = "aipaging"  # in the families inet (the gate) and netdev (its fast path)
 FAST_PREFIX = "fast_"  # of the names of sets in the netdev table
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11

@@ -1,18 +1,32 @@
-"""What somebody else put on an interface is not ours to take away."""
+"""What somebody else put on this machine is not ours to take away."""
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
 from pyroute2 import IPRoute
 
+from upf.messages import SIGNATURE, TABLE
 from upf.netns import route_socket
+from upf.nft_socket import NftSocket
 from upf.qos import ROOT
+from upf.readback import table_comments
 
 AT_ROOT = 0xFFFF_FFFF
 
 
 class OwnershipError(Exception):
     """Something is in the way that is not ours. The message says what to do."""
+
+
+def claim_tables(netns_path: str) -> None:
+    """Raise OwnershipError if an nftables table of our name was made by somebody else."""
+    with contextlib.closing(NftSocket(netns_path, in_place_renewal=False)) as handle:
+        comments = table_comments(handle).values()
+    if not all(comment.startswith(SIGNATURE) for comment in comments):
+        raise OwnershipError(
+            f"there is an nftables table {TABLE} of somebody else's: rename it, or delete it"
+        )
 
 
 def claim_qdiscs(netns_path: str, interfaces: Iterable[str], *, replace: bool) -> None:
@@ -23,8 +37,10 @@ def claim_qdiscs(netns_path: str, interfaces: Iterable[str], *, replace: bool) -
     """
     with route_socket(netns_path) as routes:
         for name in interfaces:
-            for index in routes.link_lookup(ifname=name):
-                _claim(routes, name, index, replace)
+            found = routes.link_lookup(ifname=name)
+            if not found:
+                raise OwnershipError(f"there is no interface {name}")
+            _claim(routes, name, found[0], replace)
 
 
 def _claim(routes: IPRoute, name: str, index: int, replace: bool) -> None:

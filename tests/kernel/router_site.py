@@ -191,7 +191,11 @@ class Site:
         self.run("edge1", ["sh", "-e", "-c", edge1])
         edge2 = edge1.replace("10.47.1.", "10.47.2.").replace("fd00:47:1:", "fd00:47:2:")
         self.run("edge2", ["sh", "-e", "-c", edge2])
-        commands = [f"ip address add {a} dev lo" for ue in UES.values() for a in ue]
+        commands = [
+            f"ip address add {address} dev lo {'nodad' if ':' in address else ''}"
+            for addresses in UES.values()
+            for address in addresses
+        ]
         commands.append("ip route add default via 10.48.1.1 src 10.45.0.1")
         commands.append("ip route add default via fd00:48:1::1 src fd00:45::1")
         self.run("ue", ["sh", "-e", "-c", "\n".join(commands)])
