@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root: makes network namespaces"),
 ]
 KILLS = 20
-MOST_LOST_WITH_A_QDISC = 5  # ms, and packets at one a millisecond
+MOST_LOST_WITH_A_QDISC = 50  # at one a millisecond; on an idle machine 0 or 1
 PORT, N3 = 7_000, "n3-gnb1"
 OURS = {
     "rules": re.compile(r"^4500:"),
