@@ -234,7 +234,7 @@ def command(file: Path, only_remove: bool, log_level: str) -> None:
     docs/serving.md shows one. It prints a line of JSON when it serves, logs to stderr, and ends on
     SIGTERM. Leases outlive it in the kernel until they expire; the next start adopts them.
 
-    \\b
+    \b
     Example:
       aipaging serve router.yaml
       aipaging sessions --socket /var/lib/aipaging/operator.sock

@@ -125,7 +125,7 @@ def command(file: Path, only_remove: bool, only_status: bool, log_level: str) ->
     Leases outlive it in the kernel until they expire; the next start adopts them. What else this
     machine forwards it leaves alone.
 
-    \\b
+    \b
     Example:
       aipaging upf upf.yaml
       aipaging upf upf.yaml --status

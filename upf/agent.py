@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlplane.enforcement import EnforcementError, Enforcer
-from upf import protocol
+from upf import protocol, status
 from upf.protocol import ProtocolError
 
 GREETING_TIMEOUT_S = 5.0
@@ -141,7 +141,7 @@ class Agent:
                 "controllerPid": None if controller is None else _pid(controller),
             },
             **self._about,
-            "enforced": await self._user_plane.enforced(),
+            "enforced": status.leases(await self._user_plane.enforced()),
             "drops": await self._user_plane.drops(),
         }
 

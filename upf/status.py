@@ -1,10 +1,12 @@
-"""What the kernel says of a user plane that no process of ours holds."""
+"""What a user plane says of itself, for people and their programs."""
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
 
+from controlplane.enforcement import Enforced
 from upf.config import GateConfig
 from upf.fastpath import FastPathError, ports
 from upf.gate import fingerprint
@@ -13,8 +15,27 @@ from upf.nft_socket import NftSocket
 from upf.readback import drop_counters, table_comments
 
 
+def leases(enforced: Iterable[Enforced]) -> list[dict[str, Any]]:
+    """Return live leases by flow, in the words of the control plane's API."""
+    return [
+        {
+            "leaseId": entry.lease_id,
+            "epoch": entry.epoch,
+            "ue": str(entry.flow.ue),
+            "serviceAddress": str(entry.flow.service),
+            "anchor": entry.anchor,
+            "remainingMs": entry.remaining_ms,
+            "uplinkPackets": entry.usage.uplink_packets,
+            "uplinkBytes": entry.usage.uplink_bytes,
+            "downlinkPackets": entry.usage.downlink_packets,
+            "downlinkBytes": entry.usage.downlink_bytes,
+        }
+        for entry in enforced
+    ]
+
+
 def of_kernel(netns_path: str, config: GateConfig) -> dict[str, Any]:
-    """Return leases and drops as they are in the kernel now.
+    """Return leases and drops as the kernel has them, where no process of ours holds them.
 
     `table`: its comment, None if there is none. Of the table of another version or configuration
     no lease can be read: `enforced` is None.
@@ -26,6 +47,6 @@ def of_kernel(netns_path: str, config: GateConfig) -> dict[str, Any]:
             possible.append(fingerprint(config, ports(netns_path, config)))
         return {
             "table": table,
-            "enforced": enforced_leases(handle, config) if table in possible else None,
+            "enforced": leases(enforced_leases(handle, config)) if table in possible else None,
             "drops": {} if table is None else drop_counters(handle),
         }

@@ -196,9 +196,7 @@ def test_neither_death_nor_upgrade_of_the_user_plane_disturbs_others_or_leases(s
             assert lost(live) == NOTHING
             found = status(site)
             assert found["agent"]["controllerPid"] == site.programs["daemon"].pid
-            assert {entry["lease_id"] for entry in found["enforced"]} == {
-                paged["commit"]["leaseId"]
-            }
+            assert {entry["leaseId"] for entry in found["enforced"]} == {paged["commit"]["leaseId"]}
             # An upgrade makes the table anew, and the control plane opens it again.
             site.end("agent", signal.SIGKILL)
             more = "subscribers:\n  - {ue: ue3, address4: 10.45.0.3, address6: 'fd00:45::3'}"
