@@ -10,6 +10,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 from controlplane.enforcement import Binding, Flow, Install, Move, Operation, Renew, Revoke
+from scripts.bench.chain import QOS_PROFILE, edge, gate_config, install
 from scripts.bench.installers import (
     CommandLineInstaller,
     Installer,
@@ -19,7 +20,6 @@ from scripts.bench.installers import (
     grouped,
 )
 from upf.answers import Element
-from upf.config import AnchorPort, GateConfig
 from upf.elements import Add, Delete, encode_batch
 from upf.features import probe
 from upf.gate import Gate
@@ -29,23 +29,10 @@ from upf.readback import read_element
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
 ONE_HOUR_NS = 3600 * 1_000_000_000
-CONFIG = GateConfig(
-    n3_interfaces=("n3",),
-    anchors=tuple(
-        AnchorPort(
-            name=f"edge{number}",
-            interface=f"n6-{number}",
-            address4=ip_address(f"10.99.{number}.1"),  # type: ignore[arg-type]
-            address6=ip_address(f"fd00:99:{number}::1"),  # type: ignore[arg-type]
-        )
-        for number in (1, 2)
-    ),
-    attachments=(),
-    qos_classes={"bench": 0x0001_0010},
-)
+CONFIG = gate_config(2, ())
 
 
-def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 1) -> Binding:
+def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 0) -> Binding:
     """Return the binding of lease `number`, an hour long."""
     flows = tuple(
         Flow(ip_address(UE[version == 6]), FIRST_SERVICE[version == 6] + number)
@@ -55,8 +42,8 @@ def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: i
         lease_id=f"bench-{number:08d}",
         epoch=epoch,
         flows=flows,
-        anchor=f"edge{anchor}",
-        qos_profile="bench",
+        anchor=edge(anchor),
+        qos_profile=QOS_PROFILE,
         expires_ns=time.monotonic_ns() + ONE_HOUR_NS,
     )
 
@@ -80,8 +67,7 @@ class LeaseMeasurements:
             undo.callback(installer.close)
         self._batch_leases = batch_leases
         self._number = live
-        for number in range(live):
-            self.gate.apply([Install(binding(number, (4,)))])
+        install(self.gate, [binding(number, (4,)) for number in range(live)])
         self._check()
 
     def measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
@@ -160,7 +146,7 @@ class LeaseMeasurements:
 
     def _life(self) -> dict[str, float]:
         number = self._next()
-        first, moved = binding(number, (4,)), binding(number, (4,), epoch=2, anchor=2)
+        first, moved = binding(number, (4,)), binding(number, (4,), epoch=2, anchor=1)
         self.gate.apply([Install(first)])
         longer = replace(first, expires_ns=first.expires_ns + ONE_HOUR_NS)
         drain_until_ns = time.monotonic_ns() + 1_000_000_000

@@ -45,7 +45,7 @@ class Slice:
 
     sent: int
     received: int  # by the receiving socket
-    received_interface: int  # by the interface before it; other packets (neighbours) count too
+    received_interface: int  # by the interfaces before it; other packets (neighbours) count too
     elapsed_ns: int  # from the first packet sent to the last one received
 
     @property
@@ -66,7 +66,7 @@ class Load:
         self,
         sender: Namespace,
         receiver: Namespace,
-        interface: str,
+        interfaces: Sequence[str],
         sources: Sequence[Address],
         destinations: Sequence[Address],
         payload_bytes: int,
@@ -75,7 +75,7 @@ class Load:
         self._senders = sender.run(lambda: [_bound(source) for source in sources])
         self._receiver = receiver.run(lambda: _counting(sources[0].version))
         self._links = receiver.links()
-        self._index = self._links.link_lookup(ifname=interface)[0]
+        self._indices = [self._links.link_lookup(ifname=name)[0] for name in interfaces]
         self._payload = np.zeros(payload_bytes, np.uint8)
         self._iov = np.array([self._payload.ctypes.data, payload_bytes], np.uint64)
         port = self._receiver.getsockname()[1]
@@ -90,9 +90,9 @@ class Load:
         self._headers["iov_len"] = 1
         first = self._headers.ctypes.data
         chunks = range(first, first + self._headers.nbytes, BATCH_PACKETS * _MMSGHDR.itemsize)
-        self._turns = itertools.cycle(
-            [(sock.fileno(), chunk) for sock in self._senders for chunk in chunks]
-        )
+        turns = [(sock.fileno(), chunk) for sock in self._senders for chunk in chunks]
+        self.packets_of_all_turns = len(turns) * BATCH_PACKETS
+        self._turns = itertools.cycle(turns)
 
     def run(self, duration_ns: int) -> Slice:
         """Send for this long, then wait for what is under way."""
@@ -125,8 +125,8 @@ class Load:
         return dropped_by_socket(self._receiver)
 
     def _received_interface(self) -> int:
-        link = self._links.get_links(self._index)[0]
-        return int(link.get_attr("IFLA_STATS64")["rx_packets"])
+        links = self._links.get_links(*self._indices)
+        return sum(int(link.get_attr("IFLA_STATS64")["rx_packets"]) for link in links)
 
 
 def _family(version: int) -> socket.AddressFamily:

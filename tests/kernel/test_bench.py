@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from scripts.bench import commands, forwarding, install
 from scripts.bench.chain import sides
+from scripts.bench.forwarding import Size
 
 pytestmark = [
     pytest.mark.kernel,
@@ -28,7 +29,9 @@ def installed() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def forwarded() -> dict[str, Any]:
-    return forwarding.measure(leases=[1, 300], rounds=ROUNDS, slice_ns=SLICE_NS, seed=1)
+    return forwarding.measure(
+        sizes=[Size(1), Size(300), Size(12, anchors=3)], rounds=ROUNDS, slice_ns=SLICE_NS, seed=1
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ def test_ratios_are_of_medians(installed: dict[str, Any]) -> None:
     assert installed["ratios"]["pyroute2_to_packed"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("leases", ["1", "300"])
+@pytest.mark.parametrize("leases", ["1", "300", "3_anchors"])
 def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
     for ratio in (forwarded["ratio"][leases], forwarded["ratio_ipv6"][leases]):
         assert ratio["count"] == ROUNDS
@@ -79,6 +82,7 @@ def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
 
 def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
     assert forwarded["dropped_by_gate_packets"] == 0
+    assert forwarded["flows_without_packets"] == {"1": 0, "300": 0, "3_anchors": 0}
     for families in forwarded["by_live_leases"].values():
         for directions in families.values():
             assert set(directions) == {"uplink", "downlink"}
