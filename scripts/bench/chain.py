@@ -115,7 +115,7 @@ class Chain:
         self._undo.close()
 
     def bindings(
-        self, versions: tuple[int, ...] = (4, 6), *, expires_ns: int, epoch: int = 1
+        self, versions: Sequence[int] = (4, 6), *, expires_ns: int, epoch: int = 1
     ) -> list[Binding]:
         """Return the bindings of all leases: number n is of UE n // services to n % services."""
         pairs = []
