@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,12 @@ def steps(description: str, count: int) -> Iterator[int]:
     )
     with bar:
         yield from bar.track(range(count))
+
+
+def allow_many_files() -> None:
+    """Raise the limit on open files: every address that sends has a socket."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def write_result(

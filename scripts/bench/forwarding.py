@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -109,7 +108,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure with each number of leases and anchors; return the figures, by `Size.name`."""
     order = random.Random(seed)
-    _allow_many_sockets()
+    common.allow_many_files()
     slices: dict[tuple[Size, tuple[int, str], str], list[Slice]] = {}
     with ExitStack() as undo, _one_cpu() as cpu:
         plain = {arm: Chain(leases=None) for arm in (PLAIN, AGAIN)}
@@ -186,12 +185,6 @@ def _compare(arms: dict[str, list[Slice]], seed: int) -> dict[str, Any]:
             for arm, found in arms.items()
         },
     }
-
-
-def _allow_many_sockets() -> None:
-    """Raise the limit on open files: every UE and service that sends has a socket."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager
