@@ -1,4 +1,4 @@
-"""`aipaging bench forwarding`: packets a second through the gate against plain forwarding.
+"""Packets a second through the gate against plain forwarding.
 
 Each round sends one slice through every chain in random order, back to back; a figure is the
 median over rounds of the ratio of two slices of the same round.
@@ -12,16 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import click
 
 from scripts.bench import common
 from scripts.bench.chain import RADIO, Chain, addresses
 from scripts.bench.load import Load, Slice
-from scripts.errors import UserError, require_root
-from upf.features import probe
+from scripts.errors import UserError
 
 METHOD = """\
 UE, UPF and anchor are network namespaces joined by two veth pairs; each arm is a chain of its
@@ -221,68 +217,3 @@ def show(figures: dict[str, Any]) -> None:
     columns = ("leases", "plain pps", "steered pps", "ratio", "plain/plain", "+ns", "lost")
     caption = "ratio: median [95 % interval]; plain/plain: the noise floor; lost: of all arms"
     common.print_table("Steered against plain forwarding", columns, rows, caption)
-
-
-def _parse_leases(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise click.BadParameter("give numbers separated by commas, as in 1,10000") from error
-    if not all(0 < count <= MAX_LEASES for count in counts):
-        raise click.BadParameter(f"each number is from 1 to {MAX_LEASES}")
-    return counts
-
-
-@click.command()
-@click.option(
-    "--json",
-    "path",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the figures go.",
-)
-@click.option(
-    "--leases",
-    default="1,10000",
-    show_default=True,
-    callback=_parse_leases,
-    help="Numbers of live leases, each per address family.",
-)
-@click.option("--rounds", default=30, show_default=True, type=click.IntRange(3, 1_000))
-@click.option(
-    "--seconds-per-arm",
-    "slice_s",
-    default=0.25,
-    show_default=True,
-    type=click.FloatRange(0.01, 10),
-    help="Length of one slice: one arm, once in a round.",
-)
-@click.option("--seed", default=1, show_default=True, help="Of the order within each round.")
-def command(path: Path, leases: tuple[int, ...], rounds: int, slice_s: float, seed: int) -> None:
-    """Compare packets per second steered by the gate with plain forwarding, in one run.
-
-    64-byte UDP through three network namespaces of its own, which vanish with it. IPv4 and IPv6,
-    uplink and downlink; three minutes with the defaults.
-
-    \b
-    Example:
-      aipaging bench forwarding --json results/forwarding.json
-
-    In the file, ratio.1.p50 and ratio.10000.p50 are steered over plain (IPv4 uplink) with 1 and
-    10000 live leases, ci95 their interval; docs/performance.md explains every key.
-    """
-    require_root("a benchmark of the kernel")
-    features = probe()
-    if not (features.timeout_map and features.ct_mark and features.policy_routing6):
-        raise UserError("this kernel cannot hold the gate: see aipaging doctor")
-    figures = measure(
-        sizes=[Size(count) for count in leases],
-        rounds=rounds,
-        slice_ns=int(slice_s * 1e9),
-        seed=seed,
-        in_place_renewal=features.in_place_renewal,
-        fast_path=features.netdev_forward,
-    )
-    show(figures)
-    options = {"leases": list(leases), "rounds": rounds, "seconds_per_arm": slice_s}
-    common.write_result(path, benchmark="forwarding", seed=seed, options=options, figures=figures)

@@ -28,6 +28,7 @@ from upf.readback import read_element
 
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
+ELEMENTS_PER_COMMIT = 3  # of one family: steer, return, qos
 ONE_HOUR_NS = 3600 * 1_000_000_000
 CONFIG = gate_config(2, ())
 
@@ -86,6 +87,7 @@ class LeaseMeasurements:
     def slow_measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
         """Return those that take many milliseconds."""
         found: dict[str, Callable[[], dict[str, float]]] = {
+            "gate_batch": self._gate_batch,
             "packed_batch": lambda: self._batch("packed"),
             "pyroute2_batch": lambda: self._batch("pyroute2"),
         }
@@ -126,6 +128,16 @@ class LeaseMeasurements:
         took_ns = self.installers[way].install(in_order)
         self._remove(elements)
         return {f"{way}_batch_us_per_element": took_ns / 1e3 / len(elements)}
+
+    def _gate_batch(self) -> dict[str, float]:
+        leases = [binding(self._next(), (4,)) for _ in range(self._batch_leases)]
+        installs: list[Operation] = [Install(lease) for lease in leases]
+        begin_ns = time.perf_counter_ns()
+        self.gate.apply(installs)
+        took_ns = time.perf_counter_ns() - begin_ns
+        self.gate.apply([Revoke(lease) for lease in leases])
+        elements = len(leases) * ELEMENTS_PER_COMMIT
+        return {"gate_batch_us_per_element": took_ns / 1e3 / elements}
 
     def _encode(self) -> dict[str, float]:
         elements = self._elements()

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from scripts.bench import commands, forwarding, install
 from scripts.bench.chain import sides
 from scripts.bench.forwarding import Size
+from scripts.bench.switching import methods, programs
 
 pytestmark = [
     pytest.mark.kernel,
@@ -46,6 +47,7 @@ def forwarded() -> dict[str, Any]:
         ("move_us", ROUNDS * install.TURN_CALLS),
         ("revoke_us", ROUNDS * install.TURN_CALLS),
         ("pyroute2_us", ROUNDS * install.TURN_CALLS),
+        ("gate_batch_us_per_element", 1),
         ("packed_batch_us_per_element", 1),
         ("pyroute2_batch_us_per_element", 1),
     ],
@@ -93,21 +95,88 @@ def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
                     assert arm["received"] > 0
 
 
-def test_the_file_says_what_it_is(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "forwarding.json"
-    arguments = ["forwarding", "--json", str(path), "--leases", "2", "--rounds", "3"]
-    result = CliRunner().invoke(commands.group, [*arguments, "--seconds-per-arm", "0.02"])
+@pytest.fixture(scope="module")
+def user_plane(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """All of it, tiny, with none of the programs that need not be there."""
+    path = tmp_path_factory.mktemp("user-plane") / "made" / "user-plane.json"
+    sizes = ["--leases", "1,200", "--anchors", "3", "--anchor-leases", "12", "--rounds", "3"]
+    sizes += ["--seconds-per-arm", "0.02", "--expiring", "50", "--expiries", "1"]
+    sizes += ["--expiry-lead", "0.25", "--expiry-rate", "20000", "--switches", "2"]
+    parts = [
+        "--part",
+        "forwarding",
+        "--part",
+        "memory",
+        "--part",
+        "mass-expiry",
+        "--part",
+        "switch",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods.Method, "missing", classmethod(_only_what_is_everywhere))
+        result = CliRunner().invoke(
+            commands.group, ["user-plane", "--json", str(path), *sizes, *parts]
+        )
     assert result.exit_code == 0, result.output
-    written = json.loads(path.read_text())
-    assert list(written["ratio"]) == ["2"]
-    assert written["benchmark"] == "forwarding"
+    return path, json.loads(path.read_text())
+
+
+def _only_what_is_everywhere(method: type[methods.Method]) -> str:
+    return "not in this test" if method in programs.PROGRAMS else ""
+
+
+def test_the_file_says_what_it_is(user_plane: tuple[Path, dict[str, Any]]) -> None:
+    path, written = user_plane
+    assert list(written["forwarding_ratio"]) == ["1", "200", "3_anchors"]
+    assert written["benchmark"] == "user-plane"
     assert written["machine"]["kernel"] == os.uname().release
-    assert {"method", "software", "options", "seed", "schema_version"} <= set(written)
+    assert {"software", "options", "seed", "schema_version"} <= set(written)
+    for part in ("forwarding", "memory", "mass_expiry", "switching"):
+        assert written[part]["method"]
+    assert "<svg" in path.with_suffix(".svg").read_text()
+
+
+def test_leases_that_end_at_once(user_plane: tuple[Path, dict[str, Any]]) -> None:
+    found = user_plane[1]["mass_expiry"]
+    assert found["lost"] == found["overrun_packets"] == 0
+    assert not found["blind"]
+    assert found["controls"]["late_by_50_ms"]["overrun_packets"] > 100
+    assert found["controls"]["other_lease_revoked"]["lost"] > 10
+    for run in found["runs"]:
+        assert run["ending_received_in_time"] > 1_000
+        assert run["ending_refused"] > 1_000
+
+
+def test_switches(user_plane: tuple[Path, dict[str, Any]]) -> None:
+    found = user_plane[1]
+    assert set(found["switching"]["skipped"]) == {"openvswitch", "haproxy", "dns"}
+    assert set(found["switch"]) == {"none", "lease", "nft", "nft_two_calls", "ip_route"}
+    for method in found["switch"].values():
+        assert {"lost", "outage_ms", "version", "settings", "guarantees"} <= set(method)
+        for traffic in ("datagrams", "requests"):
+            assert method[traffic]["switches"] == 2
+    lease, control = found["switch"]["lease"], found["switch"]["nft_two_calls"]
+    assert lease["lost"] == lease["requests"]["lost"] == 0
+    assert lease["datagrams"]["first_at_new_ms"]["max"] < 50
+    assert lease["requests"]["first_at_new_ms"] is not None
+    assert control["lost"] > 0
+    assert control["outage_ms"]["p50"] == pytest.approx(
+        control["datagrams"]["loss_outage_ms"]["p50"], abs=0.2
+    )
+    assert not found["switching"]["blind"]
+
+
+def test_a_method_whose_program_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert programs.Haproxy.missing() == "no haproxy: apt-get install haproxy"
+    assert methods.Lease.missing() == ""
 
 
 @pytest.mark.parametrize("leases", ["0", "many", "1,1000000"])
 def test_impossible_numbers_of_leases(leases: str) -> None:
-    arguments = ["forwarding", "--json", "x.json", "--leases", leases]
+    arguments = ["user-plane", "--json", "x.json", "--leases", leases]
     assert CliRunner().invoke(commands.group, arguments).exit_code == 2
 
 

@@ -1,4 +1,4 @@
-"""What datagrams tell of switches: a paced uplink, numbered, stamped by the kernel at both anchors."""
+"""What datagrams tell of switches: paced, numbered, stamped by the kernel at both anchors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from scripts.bench.switching.methods import Method
 from scripts.bench.switching.network import SERVICE, UE
-from scripts.bench.switching.sample import BEFORE_NS, Sample, sample
+from scripts.bench.switching.sample import Sample, samples
 from scripts.errors import UserError
 from scripts.interruption import Trace, build_trace
 from topologies.endpoints.probe_plan import Direction, Flow, ProbePlan, Site
@@ -25,6 +25,7 @@ BEGIN_S, END_S = 0.15, 0.15
 BETWEEN_S = (0.12, 0.2)
 MAX_DURATION_S = 120.0
 FIRST_ANCHOR_SITE = 1
+BEFORE_NS = 20_000_000
 CPUS = os.sched_getaffinity(0)
 
 
@@ -50,17 +51,14 @@ def visit(
             stats = probe.stop()
         _check(method, stats)
         trace = _trace(folder, plan)
-    ends = [*(switched.begin_ns - BEFORE_NS for switched in switches[1:]), end_ns]
-    return [
-        sample(
-            trace,
-            switched,
-            until_ns,
-            plan.interval_ns,
-            FIRST_ANCHOR_SITE + (first + number) % 2,
-        )
-        for number, (switched, until_ns) in enumerate(zip(switches, ends, strict=True))
-    ]
+    return samples(
+        trace,
+        switches,
+        before_ns=BEFORE_NS,
+        end_ns=end_ns,
+        interval_ns=plan.interval_ns,
+        sites=(FIRST_ANCHOR_SITE + first, FIRST_ANCHOR_SITE + 1 - first),
+    )
 
 
 def _plan(method: Method, rate_pps: int) -> ProbePlan:

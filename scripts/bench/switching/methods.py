@@ -5,6 +5,8 @@ Here are those that are done in the kernel's routing; `programs` has those that 
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -68,6 +70,22 @@ class Method:
 
     def __init__(self, undo: ExitStack) -> None:
         self.network = Network(undo)
+
+    @classmethod
+    def missing(cls) -> str:
+        """Return what is to be installed for this method; empty if all is there."""
+        for tool in cls.tools:
+            if shutil.which(tool.program) is None:
+                return f"no {tool.program}: apt-get install {tool.package}"
+        return ""
+
+    @classmethod
+    def version(cls) -> str:
+        """Return the version of the method's program, in its own words."""
+        if not cls.tools:
+            return ""
+        done = subprocess.run(cls.tools[0].version, capture_output=True, text=True, check=False)
+        return (done.stdout or done.stderr).partition("\n")[0].strip()
 
     @property
     def url(self) -> str:

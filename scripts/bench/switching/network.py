@@ -49,13 +49,19 @@ class Network:
         connect(self.ue, RADIO, self.router, N3, *N3_LINK)
         make_local(self.ue, [UE_NET])
         route(self.router, UE_NET, N3_LINK[0][0])
-        route(self.ue, SERVICE_NET, N3_LINK[0][1])
+        self.route_from_ue(str(SERVICE))
         for number, anchor in enumerate(self.anchors):
             connect(self.router, n6(number), anchor, n6(number), *n6_link(number))
             make_local(anchor, [SERVICE_NET])
             route(anchor, ip_network("0.0.0.0/0"), n6_link(number)[0][0])
             compute_checksums(anchor, n6(number))
         compute_checksums(self.ue, RADIO)
+
+    def route_from_ue(self, address: str) -> None:
+        """Let the UE reach an address through the router, from its own."""
+        gateway = N3_LINK[0][1].split("/")[0]
+        with self.ue.links() as links:
+            links.route("add", dst=f"{address}/32", gateway=gateway, prefsrc=str(UE))
 
     @staticmethod
     def gateway(number: int) -> str:

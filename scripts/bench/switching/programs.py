@@ -242,7 +242,7 @@ class Dns(Method):
         super().__init__(undo)
         folder = _folder(undo)
         for number in range(2):
-            self._route(number)
+            self.network.route_from_ue(self.network.gateway(number))
         self._hosts = folder / "hosts"
         self._write(0)
         address = N3_LINK[0][1].split("/")[0]
@@ -254,11 +254,6 @@ class Dns(Method):
         self._server = start(undo, router, argv, folder, lambda: _answers(router, address))
         argv = [*common, "--listen-address=127.0.0.1", f"--server={address}"]
         start(undo, ue, argv, folder, lambda: _answers(ue, "127.0.0.1"))
-
-    def _route(self, number: int) -> None:
-        with self.network.ue.links() as links:
-            gateway = N3_LINK[0][1].split("/")[0]
-            links.route("add", dst=f"{self.network.gateway(number)}/32", gateway=gateway)
 
     def _write(self, number: int) -> None:
         new = self._hosts.with_suffix(".new")

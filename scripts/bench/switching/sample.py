@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from scripts.bench.switching.network import Switched
 from scripts.interruption import Trace, interruption
-
-BEFORE_NS = 20_000_000
-"""Of the traffic before the command, so much belongs to it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +31,12 @@ class Sample:
 
 
 def sample(
-    trace: Trace, switched: Switched, until_ns: int, interval_ns: int, new_site: int
+    trace: Trace, switched: Switched, window: slice, interval_ns: int, new_site: int
 ) -> Sample:
-    """Return what the packets sent from shortly before a switch to `until_ns` tell of it.
+    """Return what a window of a trace, from shortly before a switch, tells of it.
 
     A packet is known by its receive stamp, so a trace of requests has the begin of each there.
     """
-    window = trace.window(switched.begin_ns - BEFORE_NS, until_ns)
     figures = interruption(trace, window, interval_ns)
     stamps_ns, site = trace.recv_ns[window], trace.site[window]
     came = ~trace.lost[window]
@@ -55,3 +53,25 @@ def sample(
         first_at_new_ms=(at_new.min() - switched.begin_ns) / 1e6 if at_new.size else np.nan,
         last_at_old_ms=(at_old.max() - switched.begin_ns) / 1e6 if at_old.size else np.nan,
     )
+
+
+def samples(
+    trace: Trace,
+    switches: Sequence[Switched],
+    *,
+    before_ns: int,
+    end_ns: int,
+    interval_ns: int,
+    sites: Sequence[int],
+) -> list[Sample]:
+    """Cut a trace at the switches, `before_ns` before each, and look at every piece.
+
+    `sites`: where the service went at first and at second, and so on in turn.
+    """
+    begins = [switched.begin_ns - before_ns for switched in switches]
+    return [
+        sample(trace, switched, trace.window(begin_ns, until_ns), interval_ns, site)
+        for switched, begin_ns, until_ns, site in zip(
+            switches, begins, [*begins[1:], end_ns], itertools.cycle(sites), strict=False
+        )
+    ]

@@ -1,0 +1,284 @@
+"""`aipaging bench user-plane`: what the user plane costs at scale, and relocation beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from scripts.bench import common, forwarding, install, lease_memory, mass_expiry
+from scripts.bench.forwarding import MAX_LEASES, Size
+from scripts.bench.switching import comparison
+from scripts.bench.switching.plot import plot
+from scripts.errors import EXIT_BY_SIGNAL, EXIT_FAILED, UserError, require_root
+from topologies.isolation import run_isolated
+from upf.features import probe
+
+PARTS = ("install", "forwarding", "memory", "mass-expiry", "switch")
+FEW_LEASES = 100
+"""Against which installing beside many is compared."""
+BATCH_LEASES = 1_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How much is measured."""
+
+    leases: tuple[int, ...]
+    anchors: int
+    anchor_leases: int
+    rounds: int
+    seconds_per_arm: float
+    expiring: int
+    expiries: int
+    expiry_rate_pps: int
+    expiry_lead_s: float
+    switches: int
+    switch_rate_pps: int
+    seed: int
+
+    @property
+    def most(self) -> int:
+        """The largest number of leases."""
+        return max(self.leases)
+
+
+def measure(parts: tuple[str, ...], options: Options) -> dict[str, Any]:
+    """Measure these parts, one after the other; return the figures."""
+    features = probe()
+    if not (features.timeout_map and features.ct_mark and features.policy_routing6):
+        raise UserError("this kernel cannot hold the gate: see aipaging doctor")
+    renewal = features.in_place_renewal
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "install": lambda: _install(options),
+        "forwarding": lambda: _forwarding(options, renewal),
+        "memory": lambda: {
+            "memory": lease_memory.measure(leases=options.most, in_place_renewal=renewal)
+        },
+        "mass-expiry": lambda: {
+            "mass_expiry": mass_expiry.measure(
+                leases=2 * options.expiring,
+                rate_pps=options.expiry_rate_pps,
+                repeats=options.expiries,
+                lead_s=options.expiry_lead_s,
+                in_place_renewal=renewal,
+            )
+        },
+        "switch": lambda: _switch(options),
+    }
+    figures: dict[str, Any] = {}
+    for part in PARTS:
+        if part in parts:
+            figures |= measures[part]()
+    return figures
+
+
+def _install(options: Options) -> dict[str, Any]:
+    live = [FEW_LEASES, max(options.most, FEW_LEASES + 1)]
+    found = install.measure(
+        live=live,
+        rounds=options.rounds * install.SLOW_SHARE,
+        seed=options.seed,
+        batch_leases=min(BATCH_LEASES, options.most),
+    )
+    few, many = (found["by_live_leases"][str(count)] for count in live)
+    names = ("gate_us", "gate_batch_us_per_element", "packed_us", "packed_batch_us_per_element")
+    return {
+        "install_us": {
+            str(count): found["by_live_leases"][str(count)]["gate_us"] for count in live
+        },
+        "install_ratio": {name: many[name]["p50"] / few[name]["p50"] for name in names},
+        "install": found,
+    }
+
+
+def _forwarding(options: Options, renewal: bool) -> dict[str, Any]:
+    sizes = [Size(count) for count in options.leases]
+    if options.anchors > 1:
+        sizes.append(Size(options.anchor_leases, options.anchors))
+    found = forwarding.measure(
+        sizes=sizes,
+        rounds=options.rounds,
+        slice_ns=int(options.seconds_per_arm * 1e9),
+        seed=options.seed,
+        in_place_renewal=renewal,
+    )
+    lowest = {
+        name: min(one["ratio"]["p50"] for family in families.values() for one in family.values())
+        for name, families in found["by_live_leases"].items()
+    }
+    return {
+        "forwarding_ratio": found["ratio"],
+        "forwarding_ratio_lowest": lowest,
+        "forwarding": found,
+    }
+
+
+def _switch(options: Options) -> dict[str, Any]:
+    found = comparison.measure(
+        switches=options.switches, rate_pps=options.switch_rate_pps, seed=options.seed
+    )
+    return {"switch": found.pop("methods"), "switching": found}
+
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the figures as tables."""
+    if "install" in figures:
+        install.show(figures["install"])
+        ratios = figures["install_ratio"].items()
+        rows = [(name, f"{ratio:.2f}") for name, ratio in ratios]
+        few, many = figures["install_us"]
+        common.print_table(f"p50 at {many} live leases to {few}", ("figure", "ratio"), rows)
+    if "forwarding" in figures:
+        forwarding.show(figures["forwarding"])
+    if "memory" in figures:
+        lease_memory.show(figures["memory"])
+    if "mass_expiry" in figures:
+        mass_expiry.show(figures["mass_expiry"])
+    if "switch" in figures:
+        comparison.show({"methods": figures["switch"], **figures["switching"]})
+
+
+def _parse_leases(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
+    try:
+        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise click.BadParameter("give numbers separated by commas, as in 1,1000") from error
+    if not all(0 < count <= MAX_LEASES for count in counts):
+        raise click.BadParameter(f"each number is from 1 to {MAX_LEASES}")
+    return counts
+
+
+def _number(name: str, default: int, least: int, most: int, text: str) -> Callable[..., Any]:
+    kind = click.IntRange(least, most)
+    return click.option(name, default=default, show_default=True, type=kind, help=text)
+
+
+@click.command()
+@click.option(
+    "--json",
+    "path",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the figures go; the plot of switches goes beside it, as .svg.",
+)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(PARTS),
+    help="Measure this alone; may be given several times.  [default: all]",
+)
+@click.option(
+    "--leases",
+    default="1,1000,100000",
+    show_default=True,
+    callback=_parse_leases,
+    help="Numbers of live leases, each in both families; installing and memory at the largest.",
+)
+@_number("--anchors", 64, 1, 250, "Of one more arm of forwarding.")
+@_number("--anchor-leases", 4_096, 1, MAX_LEASES, "Live leases of that arm.")
+@_number("--rounds", 20, 3, 1_000, "Of forwarding; ten times as many of installing.")
+@click.option(
+    "--seconds-per-arm",
+    default=0.25,
+    show_default=True,
+    type=click.FloatRange(0.01, 10),
+    help="Length of one slice of forwarding: one arm, once in a round.",
+)
+@_number(
+    "--expiring", 10_000, 1, MAX_LEASES // 2, "Leases that end at once, beside as many others."
+)
+@_number("--expiries", 3, 1, 100, "How often they do.")
+@_number("--expiry-rate", 40_000, 100, 100_000, "Packets/s through all of them together.")
+@click.option(
+    "--expiry-lead",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0.1, 10),
+    help="Seconds of traffic before they end, and after.",
+)
+@_number("--switches", 30, 1, 1_000, "Of each method, under each kind of traffic.")
+@_number("--switch-rate", 10_000, 100, 20_000, "Datagrams/s while the service moves.")
+@click.option("--seed", default=1, show_default=True, help="Of all that is in random order.")
+def command(
+    path: Path,
+    parts: tuple[str, ...],
+    leases: tuple[int, ...],
+    anchors: int,
+    anchor_leases: int,
+    rounds: int,
+    seconds_per_arm: float,
+    expiring: int,
+    expiries: int,
+    expiry_rate: int,
+    expiry_lead: float,
+    switches: int,
+    switch_rate: int,
+    seed: int,
+) -> None:
+    """Measure the user plane: leases at scale, and relocation beside what people use today.
+
+    \b
+    install      one COMMIT into the kernel, beside 100 and beside many live leases
+    forwarding   packets per second, steered against plain
+    memory       of a live lease
+    mass-expiry  many leases end at once, beside others that carry traffic
+    switch       a service moves: lease, nft, ip route, Open vSwitch, HAProxy, DNS
+
+    All of it happens in namespaces that vanish with it, however it ends; quarter of an hour with
+    the defaults. Programs that are not installed are skipped by name.
+
+    \b
+    Examples:
+      aipaging bench user-plane --json results/user-plane.json
+      aipaging bench user-plane --part switch --switches 100 --json results/switch.json
+
+    In the file: forwarding_ratio.<leases>.p50, install_us.<leases>.p50, mass_expiry.lost,
+    mass_expiry.overrun_packets, switch.<method>.lost, switch.<method>.outage_ms.p50 and more;
+    docs/performance.md explains them.
+    """
+    require_root("a benchmark of the kernel")
+    options = Options(
+        leases=leases,
+        anchors=anchors,
+        anchor_leases=anchor_leases,
+        rounds=rounds,
+        seconds_per_arm=seconds_per_arm,
+        expiring=expiring,
+        expiries=expiries,
+        expiry_rate_pps=expiry_rate,
+        expiry_lead_s=expiry_lead,
+        switches=switches,
+        switch_rate_pps=switch_rate,
+        seed=seed,
+    )
+    chosen, target = parts or PARTS, path.absolute()
+    status = run_isolated(lambda: _isolated(chosen, options, target))
+    if status > EXIT_BY_SIGNAL:
+        raise UserError("the benchmark was ended by a signal", status)
+    if status != 0:
+        raise UserError("the benchmark failed; no figures were written")
+
+
+def _isolated(parts: tuple[str, ...], options: Options, path: Path) -> int:
+    try:
+        figures = measure(parts, options)
+        show(figures)
+        given = {name: getattr(options, name) for name in options.__slots__ if name != "seed"}
+        common.write_result(
+            path,
+            benchmark="user-plane",
+            seed=options.seed,
+            options={"parts": list(parts), **given},
+            figures=figures,
+        )
+        if "switch" in figures:
+            plot(path.with_suffix(".svg"), {"methods": figures["switch"]}, options.switch_rate_pps)
+    except UserError as error:
+        common.console.print(f"error: {error}", style="red", markup=False, highlight=False)
+        return EXIT_FAILED
+    return 0
