@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
 from scripts.bench import common, forwarding, install, lease_memory, mass_expiry
+from scripts.bench.chain import MAX_ANCHORS
 from scripts.bench.forwarding import MAX_LEASES, Size
 from scripts.bench.switching import comparison
+from scripts.bench.switching.comparison import METHODS
 from scripts.bench.switching.plot import plot
 from scripts.errors import EXIT_BY_SIGNAL, EXIT_FAILED, UserError, require_root
 from topologies.isolation import run_isolated
@@ -25,17 +27,20 @@ BATCH_LEASES = 1_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How much is measured."""
+    """How much is measured: the command's options."""
 
     leases: tuple[int, ...]
     anchors: int
     anchor_leases: int
+    install_rounds: int
     rounds: int
     seconds_per_arm: float
+    memory_settle_s: float
     expiring: int
     expiries: int
     expiry_rate_pps: int
     expiry_lead_s: float
+    methods: tuple[str, ...]
     switches: int
     switch_rate_pps: int
     seed: int
@@ -56,7 +61,11 @@ def measure(parts: tuple[str, ...], options: Options) -> dict[str, Any]:
         "install": lambda: _install(options),
         "forwarding": lambda: _forwarding(options, renewal),
         "memory": lambda: {
-            "memory": lease_memory.measure(leases=options.most, in_place_renewal=renewal)
+            "memory": lease_memory.measure(
+                leases=options.most,
+                in_place_renewal=renewal,
+                settle_s=options.memory_settle_s,
+            )
         },
         "mass-expiry": lambda: {
             "mass_expiry": mass_expiry.measure(
@@ -80,7 +89,7 @@ def _install(options: Options) -> dict[str, Any]:
     live = [FEW_LEASES, max(options.most, FEW_LEASES + 1)]
     found = install.measure(
         live=live,
-        rounds=options.rounds * install.SLOW_SHARE,
+        rounds=options.install_rounds,
         seed=options.seed,
         batch_leases=min(BATCH_LEASES, options.most),
     )
@@ -119,7 +128,10 @@ def _forwarding(options: Options, renewal: bool) -> dict[str, Any]:
 
 def _switch(options: Options) -> dict[str, Any]:
     found = comparison.measure(
-        switches=options.switches, rate_pps=options.switch_rate_pps, seed=options.seed
+        methods=options.methods,
+        switches=options.switches,
+        rate_pps=options.switch_rate_pps,
+        seed=options.seed,
     )
     return {"switch": found.pop("methods"), "switching": found}
 
@@ -152,9 +164,16 @@ def _parse_leases(_context: click.Context, _option: click.Parameter, text: str) 
     return counts
 
 
-def _number(name: str, default: int, least: int, most: int, text: str) -> Callable[..., Any]:
+def _number(
+    name: str, field: str, default: int, least: int, most: int, text: str
+) -> Callable[..., Any]:
     kind = click.IntRange(least, most)
-    return click.option(name, default=default, show_default=True, type=kind, help=text)
+    return click.option(name, field, default=default, show_default=True, type=kind, help=text)
+
+
+def _seconds(name: str, field: str, default: float, text: str) -> Callable[..., Any]:
+    kind = click.FloatRange(0.01, 60)
+    return click.option(name, field, default=default, show_default=True, type=kind, help=text)
 
 
 @click.command()
@@ -179,47 +198,29 @@ def _number(name: str, default: int, least: int, most: int, text: str) -> Callab
     callback=_parse_leases,
     help="Numbers of live leases, each in both families; installing and memory at the largest.",
 )
-@_number("--anchors", 64, 1, 250, "Of one more arm of forwarding.")
-@_number("--anchor-leases", 4_096, 1, MAX_LEASES, "Live leases of that arm.")
-@_number("--rounds", 20, 3, 1_000, "Of forwarding; ten times as many of installing.")
-@click.option(
-    "--seconds-per-arm",
-    default=0.25,
-    show_default=True,
-    type=click.FloatRange(0.01, 10),
-    help="Length of one slice of forwarding: one arm, once in a round.",
-)
+@_number("--anchors", "anchors", 64, 1, MAX_ANCHORS, "Of one more arm of forwarding.")
+@_number("--anchor-leases", "anchor_leases", 4_096, 1, MAX_LEASES, "Live leases of that arm.")
+@_number("--install-rounds", "install_rounds", 200, 2, 5_000, "Of installing.")
+@_number("--rounds", "rounds", 20, 3, 1_000, "Of forwarding.")
+@_seconds("--seconds-per-arm", "seconds_per_arm", 0.25, "Of forwarding: one arm, once a round.")
+@_seconds("--memory-settle", "memory_settle_s", 1.5, "Before each look at the memory in use.")
 @_number(
-    "--expiring", 10_000, 1, MAX_LEASES // 2, "Leases that end at once, beside as many others."
+    "--expiring", "expiring", 10_000, 1, 50_000, "Leases that end at once, beside as many others."
 )
-@_number("--expiries", 3, 1, 100, "How often they do.")
-@_number("--expiry-rate", 40_000, 100, 100_000, "Packets/s through all of them together.")
+@_number("--expiries", "expiries", 3, 1, 100, "How often they do.")
+@_number("--expiry-rate", "expiry_rate_pps", 40_000, 100, 100_000, "Packets/s through all of them.")
+@_seconds("--expiry-lead", "expiry_lead_s", 1.0, "Of traffic before they end, and after.")
 @click.option(
-    "--expiry-lead",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0.1, 10),
-    help="Seconds of traffic before they end, and after.",
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice([method.name for method in METHODS]),
+    help="Switch by this alone; may be given several times.  [default: all]",
 )
-@_number("--switches", 30, 1, 1_000, "Of each method, under each kind of traffic.")
-@_number("--switch-rate", 10_000, 100, 20_000, "Datagrams/s while the service moves.")
+@_number("--switches", "switches", 30, 1, 1_000, "Of each method, under each kind of traffic.")
+@_number("--switch-rate", "switch_rate_pps", 10_000, 100, 20_000, "Datagrams/s meanwhile.")
 @click.option("--seed", default=1, show_default=True, help="Of all that is in random order.")
-def command(
-    path: Path,
-    parts: tuple[str, ...],
-    leases: tuple[int, ...],
-    anchors: int,
-    anchor_leases: int,
-    rounds: int,
-    seconds_per_arm: float,
-    expiring: int,
-    expiries: int,
-    expiry_rate: int,
-    expiry_lead: float,
-    switches: int,
-    switch_rate: int,
-    seed: int,
-) -> None:
+def command(path: Path, parts: tuple[str, ...], **given: Any) -> None:
     """Measure the user plane: leases at scale, and relocation beside what people use today.
 
     \b
@@ -242,20 +243,8 @@ def command(
     docs/performance.md explains them.
     """
     require_root("a benchmark of the kernel")
-    options = Options(
-        leases=leases,
-        anchors=anchors,
-        anchor_leases=anchor_leases,
-        rounds=rounds,
-        seconds_per_arm=seconds_per_arm,
-        expiring=expiring,
-        expiries=expiries,
-        expiry_rate_pps=expiry_rate,
-        expiry_lead_s=expiry_lead,
-        switches=switches,
-        switch_rate_pps=switch_rate,
-        seed=seed,
-    )
+    given["methods"] = given["methods"] or tuple(method.name for method in METHODS)
+    options = Options(**given)
     chosen, target = parts or PARTS, path.absolute()
     status = run_isolated(lambda: _isolated(chosen, options, target))
     if status > EXIT_BY_SIGNAL:
@@ -268,7 +257,7 @@ def _isolated(parts: tuple[str, ...], options: Options, path: Path) -> int:
     try:
         figures = measure(parts, options)
         show(figures)
-        given = {name: getattr(options, name) for name in options.__slots__ if name != "seed"}
+        given = {name: value for name, value in asdict(options).items() if name != "seed"}
         common.write_result(
             path,
             benchmark="user-plane",

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from scripts.bench import commands, forwarding, install
+from scripts.bench import commands, install, lease_memory
 from scripts.bench.chain import sides
-from scripts.bench.forwarding import Size
 from scripts.bench.switching import methods, programs
 
 pytestmark = [
@@ -20,41 +19,62 @@ pytestmark = [
 ]
 
 ROUNDS = 3
-SLICE_NS = 30_000_000
+INSTALL_ROUNDS = 2
+TINY = (
+    "--leases 1,120 --anchors 3 --anchor-leases 12 --rounds 3 --seconds-per-arm 0.01 "
+    "--install-rounds 2 --memory-settle 0.05 --expiring 50 --expiries 1 --expiry-lead 0.2 "
+    "--expiry-rate 20000 --switches 2 --method lease --method nft_two_calls --method haproxy"
+)
 
 
 @pytest.fixture(scope="module")
-def installed() -> dict[str, Any]:
-    return install.measure(live=[0, 50], rounds=ROUNDS, seed=1, batch_leases=20)
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tiny run of all of it, on a machine without HAProxy."""
+    path = tmp_path_factory.mktemp("user-plane") / "made" / "user-plane.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs.Haproxy, "tools", (methods.Tool("no-such-program", "haproxy", ()),))
+        arguments = ["user-plane", "--json", str(path), *TINY.split()]
+        result = CliRunner().invoke(commands.group, arguments)
+    assert result.exit_code == 0, result.output
+    return path
 
 
 @pytest.fixture(scope="module")
-def forwarded() -> dict[str, Any]:
-    return forwarding.measure(
-        sizes=[Size(1), Size(300), Size(12, anchors=3)], rounds=ROUNDS, slice_ns=SLICE_NS, seed=1
-    )
+def figures(written: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(written.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(figures: dict[str, Any]) -> dict[str, Any]:
+    return figures["install"]  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def forwarded(figures: dict[str, Any]) -> dict[str, Any]:
+    return figures["forwarding"]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("packed_us", ROUNDS * install.TURN_CALLS),
-        ("packed_dual_stack_us", ROUNDS * install.TURN_CALLS),
-        ("encode_us", ROUNDS * install.TURN_CALLS),
-        ("gate_us", ROUNDS * install.TURN_CALLS),
-        ("gate_dual_stack_us", ROUNDS * install.TURN_CALLS),
-        ("renew_us", ROUNDS * install.TURN_CALLS),
-        ("move_us", ROUNDS * install.TURN_CALLS),
-        ("revoke_us", ROUNDS * install.TURN_CALLS),
-        ("pyroute2_us", ROUNDS * install.TURN_CALLS),
+        ("packed_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("packed_dual_stack_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("encode_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("gate_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("gate_dual_stack_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("renew_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("move_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("revoke_us", INSTALL_ROUNDS * install.TURN_CALLS),
+        ("pyroute2_us", INSTALL_ROUNDS * install.TURN_CALLS),
         ("gate_batch_us_per_element", 1),
         ("packed_batch_us_per_element", 1),
         ("pyroute2_batch_us_per_element", 1),
     ],
 )
 def test_install_figures(installed: dict[str, Any], name: str, count: int) -> None:
-    for figures in (installed, installed["by_live_leases"]["50"]):
-        values = figures[name]
+    for found in (installed, installed["by_live_leases"]["120"]):
+        values = found[name]
         assert values["count"] == count
         assert 0 < values["p50"] <= values["p90"] <= values["p99"]
 
@@ -73,7 +93,7 @@ def test_ratios_are_of_medians(installed: dict[str, Any]) -> None:
     assert installed["ratios"]["pyroute2_to_packed"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("leases", ["1", "300", "3_anchors"])
+@pytest.mark.parametrize("leases", ["1", "120", "3_anchors"])
 def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
     for ratio in (forwarded["ratio"][leases], forwarded["ratio_ipv6"][leases]):
         assert ratio["count"] == ROUNDS
@@ -84,7 +104,7 @@ def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
 
 def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
     assert forwarded["dropped_by_gate_packets"] == 0
-    assert forwarded["flows_without_packets"] == {"1": 0, "300": 0, "3_anchors": 0}
+    assert forwarded["flows_without_packets"] == {"1": 0, "120": 0, "3_anchors": 0}
     for families in forwarded["by_live_leases"].values():
         for directions in families.values():
             assert set(directions) == {"uplink", "downlink"}
@@ -95,49 +115,36 @@ def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
                     assert arm["received"] > 0
 
 
-@pytest.fixture(scope="module")
-def user_plane(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """All of it, tiny, with none of the programs that need not be there."""
-    path = tmp_path_factory.mktemp("user-plane") / "made" / "user-plane.json"
-    sizes = ["--leases", "1,200", "--anchors", "3", "--anchor-leases", "12", "--rounds", "3"]
-    sizes += ["--seconds-per-arm", "0.02", "--expiring", "50", "--expiries", "1"]
-    sizes += ["--expiry-lead", "0.25", "--expiry-rate", "20000", "--switches", "2"]
-    parts = [
-        "--part",
-        "forwarding",
-        "--part",
-        "memory",
-        "--part",
-        "mass-expiry",
-        "--part",
-        "switch",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods.Method, "missing", classmethod(_only_what_is_everywhere))
-        result = CliRunner().invoke(
-            commands.group, ["user-plane", "--json", str(path), *sizes, *parts]
-        )
-    assert result.exit_code == 0, result.output
-    return path, json.loads(path.read_text())
+def test_the_file_says_what_it_is(written: Path, figures: dict[str, Any]) -> None:
+    assert figures["benchmark"] == "user-plane"
+    assert figures["machine"]["kernel"] == os.uname().release
+    assert {"software", "options", "seed", "schema_version"} <= set(figures)
+    for part in ("install", "forwarding", "memory", "mass_expiry", "switching"):
+        assert figures[part]["method"]
+    assert "<svg" in written.with_suffix(".svg").read_text()
 
 
-def _only_what_is_everywhere(method: type[methods.Method]) -> str:
-    return "not in this test" if method in programs.PROGRAMS else ""
+def test_what_stands_at_the_top(figures: dict[str, Any]) -> None:
+    assert figures["forwarding_ratio"] == figures["forwarding"]["ratio"]
+    assert list(figures["install_us"]) == ["100", "120"]
+    for live, found in figures["install_us"].items():
+        assert found == figures["install"]["by_live_leases"][live]["gate_us"]
+    directions = figures["forwarding"]["by_live_leases"]["120"].values()
+    ratios = [found["ratio"]["p50"] for family in directions for found in family.values()]
+    assert len(ratios) == 4
+    assert figures["forwarding_ratio_lowest"]["120"] == min(ratios)
 
 
-def test_the_file_says_what_it_is(user_plane: tuple[Path, dict[str, Any]]) -> None:
-    path, written = user_plane
-    assert list(written["forwarding_ratio"]) == ["1", "200", "3_anchors"]
-    assert written["benchmark"] == "user-plane"
-    assert written["machine"]["kernel"] == os.uname().release
-    assert {"software", "options", "seed", "schema_version"} <= set(written)
-    for part in ("forwarding", "memory", "mass_expiry", "switching"):
-        assert written[part]["method"]
-    assert "<svg" in path.with_suffix(".svg").read_text()
+def test_memory() -> None:
+    """Enough leases to be seen above what else happens on the machine."""
+    found = lease_memory.measure(leases=10_000, in_place_renewal=True, settle_s=0.3)
+    for family, least in (("ipv4", 300), ("dual_stack", 600)):
+        assert least < found[family]["kernel_bytes_per_lease"] < 5_000
+        assert 200 < found[family]["process_bytes_per_lease"] < 5_000
 
 
-def test_leases_that_end_at_once(user_plane: tuple[Path, dict[str, Any]]) -> None:
-    found = user_plane[1]["mass_expiry"]
+def test_leases_that_end_at_once(figures: dict[str, Any]) -> None:
+    found = figures["mass_expiry"]
     assert found["lost"] == found["overrun_packets"] == 0
     assert not found["blind"]
     assert found["controls"]["late_by_50_ms"]["overrun_packets"] > 100
@@ -147,15 +154,16 @@ def test_leases_that_end_at_once(user_plane: tuple[Path, dict[str, Any]]) -> Non
         assert run["ending_refused"] > 1_000
 
 
-def test_switches(user_plane: tuple[Path, dict[str, Any]]) -> None:
-    found = user_plane[1]
-    assert set(found["switching"]["skipped"]) == {"openvswitch", "haproxy", "dns"}
-    assert set(found["switch"]) == {"none", "lease", "nft", "nft_two_calls", "ip_route"}
-    for method in found["switch"].values():
+def test_switches(figures: dict[str, Any]) -> None:
+    assert figures["switching"]["skipped"] == {
+        "haproxy": "no no-such-program: apt-get install haproxy"
+    }
+    assert set(figures["switch"]) == {"none", "lease", "nft_two_calls"}
+    for method in figures["switch"].values():
         assert {"lost", "outage_ms", "version", "settings", "guarantees"} <= set(method)
         for traffic in ("datagrams", "requests"):
             assert method[traffic]["switches"] == 2
-    lease, control = found["switch"]["lease"], found["switch"]["nft_two_calls"]
+    lease, control = figures["switch"]["lease"], figures["switch"]["nft_two_calls"]
     assert lease["lost"] == lease["requests"]["lost"] == 0
     assert lease["datagrams"]["first_at_new_ms"]["max"] < 50
     assert lease["requests"]["first_at_new_ms"] is not None
@@ -163,15 +171,7 @@ def test_switches(user_plane: tuple[Path, dict[str, Any]]) -> None:
     assert control["outage_ms"]["p50"] == pytest.approx(
         control["datagrams"]["loss_outage_ms"]["p50"], abs=0.2
     )
-    assert not found["switching"]["blind"]
-
-
-def test_a_method_whose_program_is_missing_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert programs.Haproxy.missing() == "no haproxy: apt-get install haproxy"
-    assert methods.Lease.missing() == ""
+    assert not figures["switching"]["blind"]
 
 
 @pytest.mark.parametrize("leases", ["0", "many", "1,1000000"])

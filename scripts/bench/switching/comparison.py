@@ -14,7 +14,7 @@ import numpy as np
 from scripts import statistics
 from scripts.bench import common
 from scripts.bench.switching import datagrams, requests
-from scripts.bench.switching.methods import IN_KERNEL, Method, Traffic
+from scripts.bench.switching.methods import IN_KERNEL, Method, NftTwoCalls, NoSwitch, Traffic
 from scripts.bench.switching.programs import PROGRAMS
 from scripts.bench.switching.sample import Sample
 
@@ -63,12 +63,16 @@ def measure(
     switches: int,
     rate_pps: int,
     seed: int,
-    methods: Sequence[type[Method]] = METHODS,
+    methods: Sequence[str],
     per_visit: int = SWITCHES_PER_VISIT,
 ) -> dict[str, Any]:
-    """Have every method that this machine has the programs for switch so often; the figures."""
+    """Have methods, and the noise floor, switch so often; return the figures.
+
+    What this machine has not the programs for is skipped by name.
+    """
     order = random.Random(seed)
-    missing = {method.name: method.missing() for method in methods}
+    chosen = [method for method in METHODS if method.name in (NoSwitch.name, *methods)]
+    missing = {method.name: method.missing() for method in chosen}
     skipped = {name: why for name, why in missing.items() if why}
     for name, why in skipped.items():
         common.console.print(f"{name}: skipped, {why}", highlight=False)
@@ -76,7 +80,7 @@ def measure(
         undo.enter_context(_sender_alone())
         courses = [
             Course(method(undo), 0, {traffic: [] for traffic in method.traffic})
-            for method in methods
+            for method in chosen
             if method.name not in skipped
         ]
         undo.enter_context(requests.servers([course.method for course in courses]))
@@ -97,8 +101,8 @@ def measure(
 
 
 def _blind(figures: dict[str, Any]) -> bool:
-    """Whether the control lost nothing, or the noise floor something: then nothing is known."""
-    control, floor = figures.get("nft_two_calls"), figures["none"]
+    """Whether the control lost nothing or is missing, or the noise floor lost something."""
+    control, floor = figures.get(NftTwoCalls.name), figures[NoSwitch.name]
     return bool(floor["lost"]) or not control or not control["lost"]
 
 
@@ -184,11 +188,11 @@ def show(figures: dict[str, Any]) -> None:
                     f"{one['lost']:,}",
                     f"{outage['p50']:.1f} / {outage['max']:.1f}",
                     f"{one['command_ms']['p50']:.2f}",
-                    f"{new['p50']:.2f} / {new['p99']:.2f}" if new and name != "none" else "",
+                    f"{new['p50']:.2f} / {new['p99']:.2f}" if new and name != NoSwitch.name else "",
                 )
             )
     rows += [(f"{name} skipped", *[""] * 6) for name in figures["skipped"]]
     columns = ["method", "switches", "sent", "lost", "outage p50 / max, ms", "command, ms"]
     columns += ["first at new p50 / p99, ms"]
-    caption = "blind: the control lost nothing, or the noise floor something"
+    caption = "blind: the control lost nothing or is missing, or the noise floor lost something"
     common.print_table("Relocation", columns, rows, caption if figures["blind"] else "")

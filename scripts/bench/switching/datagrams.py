@@ -20,8 +20,8 @@ from topologies.endpoints.probe_records import RECEIVED_FILE, SENT_FILE
 from topologies.endpoints.probe_session import ProbeSession, ProbeStats
 
 PORT = 5000
-WAITING_TIME_MS = 300
-BEGIN_S, END_S = 0.15, 0.15
+WAITING_TIME_MS = 100
+BEGIN_S, END_S = 0.1, 0.1
 BETWEEN_S = (0.12, 0.2)
 MAX_DURATION_S = 120.0
 FIRST_ANCHOR_SITE = 1

@@ -19,9 +19,9 @@ from scripts.interruption import Trace, build_trace
 
 INTERVAL_MS = 10
 INTERVAL_NS = INTERVAL_MS * 1_000_000
-BEGIN_S, END_S = 0.3, 0.3
-BETWEEN_S = (0.3, 0.5)
-START_TIMEOUT_S, END_TIMEOUT_S = 20, 30
+BEGIN_S, END_S = 0.15, 0.15
+BETWEEN_S = (0.25, 0.4)
+END_TIMEOUT_S = 30
 BEFORE_NS = 100_000_000
 """A request that was under way when the command was begun is of that switch."""
 FOREVER_MS = 3_600_000
