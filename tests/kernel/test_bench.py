@@ -21,7 +21,7 @@ pytestmark = [
 ROUNDS = 3
 INSTALL_ROUNDS = 2
 TINY = (
-    "--leases 1,120 --anchors 3 --anchor-leases 12 --rounds 3 --seconds-per-arm 0.01 "
+    "--leases 120 --anchors 3 --anchor-leases 12 --rounds 3 --seconds-per-arm 0.01 "
     "--install-rounds 2 --memory-settle 0.05 --expiring 50 --expiries 1 --expiry-lead 0.2 "
     "--expiry-rate 20000 --switches 2 --method lease --method nft_two_calls --method haproxy"
 )
@@ -93,7 +93,7 @@ def test_ratios_are_of_medians(installed: dict[str, Any]) -> None:
     assert installed["ratios"]["pyroute2_to_packed"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("leases", ["1", "120", "3_anchors"])
+@pytest.mark.parametrize("leases", ["120", "3_anchors"])
 def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
     for ratio in (forwarded["ratio"][leases], forwarded["ratio_ipv6"][leases]):
         assert ratio["count"] == ROUNDS
@@ -104,7 +104,7 @@ def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
 
 def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
     assert forwarded["dropped_by_gate_packets"] == 0
-    assert forwarded["flows_without_packets"] == {"1": 0, "120": 0, "3_anchors": 0}
+    assert forwarded["flows_without_packets"] == {"120": 0, "3_anchors": 0}
     for families in forwarded["by_live_leases"].values():
         for directions in families.values():
             assert set(directions) == {"uplink", "downlink"}
