@@ -1,8 +1,8 @@
 """The network a packet is forwarded through: UE, UPF and anchor, one namespace each, two veths.
 
 A chain is plain (its UPF has a route to the service addresses, and neither table nor marks) or
-gated (its UPF has the real gate, policy routing and leases, and no such route). The gate's
-configuration for every benchmark is made here.
+gated (its UPF has the real gate, policy routing and leases, and no such route). Every benchmark's
+gate is opened here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from controlplane.enforcement import Address, Binding, Flow, Install
 from upf import routing
 from upf.config import SERVICE_PREFIXES, UE_PREFIXES, AnchorPort, Attachment, GateConfig
+from upf.features import Features
 from upf.gate import Gate
 from upf.netns import Namespace, connect
 
@@ -84,6 +85,20 @@ def addresses(leases: int, version: int) -> tuple[list[Address], list[Address]]:
     )
 
 
+def open_gate(
+    upf: Namespace, anchors: int, ues: Iterable[Address], features: Features, undo: ExitStack
+) -> Gate:
+    """Make a namespace a UPF with a gate, for every benchmark in the same way.
+
+    Its links and its routes to the UEs are there already.
+    """
+    config = gate_config(anchors, ues)
+    gate = Gate(upf.path, config, in_place_renewal=features.in_place_renewal)
+    undo.callback(gate.close)
+    routing.install(upf.path, config)
+    return gate
+
+
 class Chain:
     """UE - UPF - anchor. All addresses of the UE and service prefixes are local to their ends.
 
@@ -91,7 +106,7 @@ class Chain:
     take the anchors in turn. Without a gate everything goes to the first.
     """
 
-    def __init__(self, *, leases: int | None, in_place_renewal: bool, anchors: int = 1) -> None:
+    def __init__(self, *, leases: int | None, features: Features, anchors: int = 1) -> None:
         """Build a chain whose gate knows the UEs of so many leases; `None`: a plain chain."""
         self._undo = ExitStack()
         self._leases, self._anchors = leases or 0, anchors
@@ -105,7 +120,8 @@ class Chain:
             if leases is None:
                 self._route_plainly()
             else:
-                self.gate = self._open_gate(in_place_renewal)
+                ues = [ue for version in (4, 6) for ue in addresses(leases, version)[0]]
+                self.gate = open_gate(self.upf, anchors, ues, features, self._undo)
         except BaseException:
             self.close()
             raise
@@ -158,14 +174,6 @@ class Chain:
     def _route_plainly(self) -> None:
         for index in range(2):
             route(self.upf, SERVICE_PREFIXES[index], n6_link(0)[index][1])
-
-    def _open_gate(self, in_place_renewal: bool) -> Gate:
-        ues = [ue for version in (4, 6) for ue in addresses(self._leases, version)[0]]
-        config = gate_config(self._anchors, ues)
-        gate = Gate(self.upf.path, config, in_place_renewal=in_place_renewal)
-        self._undo.callback(gate.close)
-        routing.install(self.upf.path, config)
-        return gate
 
 
 def install(gate: Gate | None, bindings: Sequence[Binding]) -> None:

@@ -18,6 +18,7 @@ from scripts.bench import common
 from scripts.bench.chain import RADIO, Chain, addresses
 from scripts.bench.load import Load, Slice
 from scripts.errors import UserError
+from upf.features import Features
 
 METHOD = """\
 UE, UPF and anchor are network namespaces joined by two veth pairs; each arm is a chain of its
@@ -100,21 +101,21 @@ def measure(
     rounds: int,
     slice_ns: int,
     seed: int,
-    in_place_renewal: bool = True,
+    features: Features,
 ) -> dict[str, Any]:
     """Measure with each number of leases and anchors; return the figures, by `Size.name`."""
     order = random.Random(seed)
     common.allow_many_files()
     slices: dict[tuple[Size, tuple[int, str], str], list[Slice]] = {}
     with ExitStack() as undo, _one_cpu() as cpu:
-        plain = {arm: Chain(leases=None) for arm in (PLAIN, AGAIN)}
+        plain = {arm: Chain(leases=None, features=features) for arm in (PLAIN, AGAIN)}
         for chain in plain.values():
             undo.callback(chain.close)
         loads: dict[tuple[Size, str], Loads] = {}
         gated: dict[Size, Chain] = {}
         for size in sizes:
             steered = gated[size] = Chain(
-                leases=size.leases, anchors=size.anchors, in_place_renewal=in_place_renewal
+                leases=size.leases, anchors=size.anchors, features=features
             )
             undo.callback(steered.close)
             steered.grant()

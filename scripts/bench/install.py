@@ -14,6 +14,7 @@ from typing import Any
 
 from scripts.bench import common
 from scripts.bench.lease_measurements import LeaseMeasurements
+from upf.features import Features
 
 METHOD = """\
 Each figure is the wall time, in microseconds, of one call in this process that ends when the
@@ -29,11 +30,10 @@ random order within each round, in turns of a few calls; garbage collection is o
 
 TURN_CALLS = 5
 SLOW_SHARE = 10  # batches and the command line are taken once in so many rounds
-BATCH_LEASES = 1_000
 
 
 def measure(
-    *, live: list[int], rounds: int, seed: int, batch_leases: int = BATCH_LEASES
+    *, live: list[int], rounds: int, seed: int, features: Features, batch_leases: int
 ) -> dict[str, Any]:
     """Measure with each number of live leases; return the figures.
 
@@ -42,7 +42,7 @@ def measure(
     order = random.Random(seed)
     samples: dict[int, dict[str, list[float]]] = {count: defaultdict(list) for count in live}
     with ExitStack() as undo:
-        benches = {count: LeaseMeasurements(count, batch_leases, undo) for count in live}
+        benches = {count: LeaseMeasurements(count, batch_leases, features, undo) for count in live}
         command_line = all("nft_cli" in bench.installers for bench in benches.values())
         if not command_line:
             common.console.print("nft_cli: skipped, there is no nft command on this machine")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 from controlplane.enforcement import Binding, Flow, Install, Move, Operation, Renew, Revoke
-from scripts.bench.chain import QOS_PROFILE, edge, gate_config, install
+from scripts.bench.chain import QOS_PROFILE, Chain, edge, gate_config, install
 from scripts.bench.installers import (
     CommandLineInstaller,
     Installer,
@@ -21,16 +21,15 @@ from scripts.bench.installers import (
 )
 from upf.answers import Element
 from upf.elements import Add, Delete, encode_batch
-from upf.features import probe
-from upf.gate import Gate
-from upf.netns import Namespace
+from upf.features import Features
 from upf.readback import read_element
 
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
 ELEMENTS_PER_COMMIT = 3  # of one family: steer, return, qos
 ONE_HOUR_NS = 3600 * 1_000_000_000
-CONFIG = gate_config(2, ())
+ANCHORS = 2
+CONFIG = gate_config(ANCHORS, ())  # as the chain's gate has it, but for the UEs
 
 
 def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 0) -> Binding:
@@ -52,10 +51,11 @@ def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: i
 class LeaseMeasurements:
     """One namespace with the gate's table, `live` other leases, and every way to add one more."""
 
-    def __init__(self, live: int, batch_leases: int, undo: ExitStack) -> None:
-        namespace = undo.enter_context(Namespace())
-        self.gate = Gate(namespace.path, CONFIG, in_place_renewal=probe().in_place_renewal)
-        undo.callback(self.gate.close)
+    def __init__(self, live: int, batch_leases: int, features: Features, undo: ExitStack) -> None:
+        chain = Chain(leases=1, anchors=ANCHORS, features=features)
+        undo.callback(chain.close)
+        assert chain.gate is not None
+        self.gate, namespace = chain.gate, chain.upf
         self.packed = PackedInstaller(namespace.path)
         self.installers: dict[str, Installer] = {
             "packed": self.packed,

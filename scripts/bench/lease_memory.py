@@ -23,6 +23,7 @@ from controlplane.enforcement import Revoke
 from scripts.bench import common
 from scripts.bench.chain import LEASES_PER_BATCH, Chain, install
 from scripts.errors import UserError
+from upf.features import Features
 
 METHOD = """\
 kernel: growth of SUnreclaim + Percpu + VmallocUsed in /proc/meminfo from before the leases are
@@ -32,20 +33,22 @@ growth of RssAnon of a process that does nothing else: Gate and Binding objects.
 family (IPv4) and of both are measured apart."""
 
 ONE_HOUR_NS = 3600 * 1_000_000_000
-SETTLE_S = 1.5  # the kernel frees elements and old tables after grace periods
 TIMEOUT_S = 300
 FAMILIES = (("ipv4", (4,)), ("dual_stack", (4, 6)))
 
 
-def measure(*, leases: int, in_place_renewal: bool, settle_s: float = SETTLE_S) -> dict[str, Any]:
-    """Return bytes per lease, by `ipv4` and `dual_stack`."""
+def measure(*, leases: int, settle_s: float, features: Features) -> dict[str, Any]:
+    """Return bytes per lease, by `ipv4` and `dual_stack`.
+
+    `settle_s` is waited before each look: the kernel frees elements and tables after grace periods.
+    """
     figures: dict[str, Any] = {}
     for number in common.steps("memory", len(FAMILIES)):
         name, versions = FAMILIES[number]
         asked = {
             "leases": leases,
             "versions": versions,
-            "in_place_renewal": in_place_renewal,
+            "features": features.to_json(),
             "settle_s": settle_s,
         }
         done = subprocess.run(
@@ -61,10 +64,10 @@ def measure(*, leases: int, in_place_renewal: bool, settle_s: float = SETTLE_S) 
 
 
 def _measure(
-    leases: int, versions: Sequence[int], in_place_renewal: bool, settle_s: float
+    leases: int, versions: Sequence[int], features: dict[str, Any], settle_s: float
 ) -> dict[str, float]:
     with ExitStack() as undo:
-        chain = Chain(leases=leases, in_place_renewal=in_place_renewal)
+        chain = Chain(leases=leases, features=Features(**features))
         undo.callback(chain.close)
         assert chain.gate is not None
         gc.collect()

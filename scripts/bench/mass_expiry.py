@@ -18,6 +18,7 @@ from scripts.bench import common
 from scripts.bench.chain import LEASE_TTL_NS, Chain, install
 from scripts.bench.lease_traffic import LeaseTraffic, Record
 from scripts.errors import UserError
+from upf.features import Features
 
 METHOD = """\
 One UPF with the real gate, as in `forwarding`; leases of one family (IPv4), every second of them
@@ -32,7 +33,6 @@ deadline that is claimed must show as overruns, and one of the other leases revo
 must show as loss; else the measurement is blind, and says so."""
 
 BATCH_LEASES = 10
-LEAD_S = 1.0
 CONTROL_LATE_NS = 50_000_000
 TRIES = 5
 
@@ -41,9 +41,9 @@ class MassExpiry:
     """A chain with leases of which every second one ends with the others of its kind."""
 
     def __init__(
-        self, leases: int, rate_pps: int, lead_s: float, in_place_renewal: bool, undo: ExitStack
+        self, leases: int, rate_pps: int, lead_s: float, features: Features, undo: ExitStack
     ) -> None:
-        self._chain = Chain(leases=leases, in_place_renewal=in_place_renewal)
+        self._chain = Chain(leases=leases, features=features)
         undo.callback(self._chain.close)
         self._traffic = LeaseTraffic(self._chain, leases, rate_pps)
         undo.callback(self._traffic.close)
@@ -110,13 +110,13 @@ def measure(
     leases: int,
     rate_pps: int,
     repeats: int,
-    lead_s: float = LEAD_S,
-    in_place_renewal: bool = True,
+    lead_s: float,
+    features: Features,
 ) -> dict[str, Any]:
     """Let `leases` // 2 end at once beside as many others, `repeats` times, and the controls."""
     common.allow_many_files()
     with ExitStack() as undo:
-        expiry = MassExpiry(leases, rate_pps, lead_s, in_place_renewal, undo)
+        expiry = MassExpiry(leases, rate_pps, lead_s, features, undo)
         runs = []
         for number in common.steps("mass expiry", repeats + 1):
             if number < repeats:

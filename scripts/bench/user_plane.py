@@ -17,7 +17,7 @@ from scripts.bench.switching.comparison import METHODS
 from scripts.bench.switching.plot import plot
 from scripts.errors import EXIT_BY_SIGNAL, EXIT_FAILED, UserError, require_root
 from topologies.isolation import run_isolated
-from upf.features import probe
+from upf.features import Features, probe
 
 PARTS = ("install", "forwarding", "memory", "mass-expiry", "switch")
 FEW_LEASES = 100
@@ -56,14 +56,13 @@ def measure(parts: tuple[str, ...], options: Options) -> dict[str, Any]:
     features = probe()
     if not (features.timeout_map and features.ct_mark and features.policy_routing6):
         raise UserError("this kernel cannot hold the gate: see aipaging doctor")
-    renewal = features.in_place_renewal
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "install": lambda: _install(options),
-        "forwarding": lambda: _forwarding(options, renewal),
+        "install": lambda: _install(options, features),
+        "forwarding": lambda: _forwarding(options, features),
         "memory": lambda: {
             "memory": lease_memory.measure(
                 leases=options.most,
-                in_place_renewal=renewal,
+                features=features,
                 settle_s=options.memory_settle_s,
             )
         },
@@ -73,10 +72,10 @@ def measure(parts: tuple[str, ...], options: Options) -> dict[str, Any]:
                 rate_pps=options.expiry_rate_pps,
                 repeats=options.expiries,
                 lead_s=options.expiry_lead_s,
-                in_place_renewal=renewal,
+                features=features,
             )
         },
-        "switch": lambda: _switch(options),
+        "switch": lambda: _switch(options, features),
     }
     figures: dict[str, Any] = {}
     for part in PARTS:
@@ -85,12 +84,13 @@ def measure(parts: tuple[str, ...], options: Options) -> dict[str, Any]:
     return figures
 
 
-def _install(options: Options) -> dict[str, Any]:
+def _install(options: Options, features: Features) -> dict[str, Any]:
     live = [FEW_LEASES, max(options.most, FEW_LEASES + 1)]
     found = install.measure(
         live=live,
         rounds=options.install_rounds,
         seed=options.seed,
+        features=features,
         batch_leases=min(BATCH_LEASES, options.most),
     )
     few, many = (found["by_live_leases"][str(count)] for count in live)
@@ -104,7 +104,7 @@ def _install(options: Options) -> dict[str, Any]:
     }
 
 
-def _forwarding(options: Options, renewal: bool) -> dict[str, Any]:
+def _forwarding(options: Options, features: Features) -> dict[str, Any]:
     sizes = [Size(count) for count in options.leases]
     if options.anchors > 1:
         sizes.append(Size(options.anchor_leases, options.anchors))
@@ -113,7 +113,7 @@ def _forwarding(options: Options, renewal: bool) -> dict[str, Any]:
         rounds=options.rounds,
         slice_ns=int(options.seconds_per_arm * 1e9),
         seed=options.seed,
-        in_place_renewal=renewal,
+        features=features,
     )
     lowest = {
         name: min(one["ratio"]["p50"] for family in families.values() for one in family.values())
@@ -126,12 +126,13 @@ def _forwarding(options: Options, renewal: bool) -> dict[str, Any]:
     }
 
 
-def _switch(options: Options) -> dict[str, Any]:
+def _switch(options: Options, features: Features) -> dict[str, Any]:
     found = comparison.measure(
         methods=options.methods,
         switches=options.switches,
         rate_pps=options.switch_rate_pps,
         seed=options.seed,
+        features=features,
     )
     return {"switch": found.pop("methods"), "switching": found}
 

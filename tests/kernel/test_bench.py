@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from scripts.bench import commands, install, lease_memory
 from scripts.bench.chain import sides
 from scripts.bench.switching import methods, programs
+from upf.features import probe
 
 pytestmark = [
     pytest.mark.kernel,
@@ -137,7 +138,7 @@ def test_what_stands_at_the_top(figures: dict[str, Any]) -> None:
 
 def test_memory() -> None:
     """Enough leases to be seen above what else happens on the machine."""
-    found = lease_memory.measure(leases=10_000, in_place_renewal=True, settle_s=0.3)
+    found = lease_memory.measure(leases=10_000, settle_s=0.3, features=probe())
     for family, least in (("ipv4", 300), ("dual_stack", 600)):
         assert least < found[family]["kernel_bytes_per_lease"] < 5_000
         assert 200 < found[family]["process_bytes_per_lease"] < 5_000

@@ -17,6 +17,7 @@ from scripts.bench.switching import datagrams, requests
 from scripts.bench.switching.methods import IN_KERNEL, Method, NftTwoCalls, NoSwitch, Traffic
 from scripts.bench.switching.programs import PROGRAMS
 from scripts.bench.switching.sample import Sample
+from upf.features import Features
 
 METHOD = """\
 Each method has a network of its own, all alike: UE, router and two anchors that own the service
@@ -63,6 +64,7 @@ def measure(
     switches: int,
     rate_pps: int,
     seed: int,
+    features: Features,
     methods: Sequence[str],
     per_visit: int = SWITCHES_PER_VISIT,
 ) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def measure(
     with ExitStack() as undo:
         undo.enter_context(_sender_alone())
         courses = [
-            Course(method(undo), 0, {traffic: [] for traffic in method.traffic})
+            Course(method(undo, features), 0, {traffic: [] for traffic in method.traffic})
             for method in chosen
             if method.name not in skipped
         ]

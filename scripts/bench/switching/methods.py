@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from controlplane.enforcement import Binding, Flow, Install, Move
-from scripts.bench.chain import LEASE_TTL_NS, QOS_PROFILE, edge, gate_config, n6, route
+from scripts.bench.chain import LEASE_TTL_NS, QOS_PROFILE, edge, n6, open_gate, route
 from scripts.bench.switching.network import (
     HTTP_PORT,
     SERVICE,
@@ -24,9 +24,7 @@ from scripts.bench.switching.network import (
     Switched,
     command,
 )
-from upf import routing
-from upf.features import probe
-from upf.gate import Gate
+from upf.features import Features
 
 DRAIN_NS = 2_000_000_000
 FIRST_TABLE = 101
@@ -68,7 +66,7 @@ class Method:
     host: str = str(SERVICE)
     """How clients name the service."""
 
-    def __init__(self, undo: ExitStack) -> None:
+    def __init__(self, undo: ExitStack, features: Features) -> None:
         self.network = Network(undo)
 
     @classmethod
@@ -110,13 +108,9 @@ class Lease(Method):
         "connections finish at the anchor where they began, until the drain ends"
     )
 
-    def __init__(self, undo: ExitStack) -> None:
-        super().__init__(undo)
-        config = gate_config(2, (UE,))
-        path = self.network.router.path
-        self._gate = Gate(path, config, in_place_renewal=probe().in_place_renewal)
-        undo.callback(self._gate.close)
-        routing.install(path, config)
+    def __init__(self, undo: ExitStack, features: Features) -> None:
+        super().__init__(undo, features)
+        self._gate = open_gate(self.network.router, 2, (UE,), features, undo)
         self._lease = Binding(
             lease_id="bench-1",
             epoch=1,
@@ -154,8 +148,8 @@ class IpRoute(Method):
         "new anchor in mid-connection"
     )
 
-    def __init__(self, undo: ExitStack) -> None:
-        super().__init__(undo)
+    def __init__(self, undo: ExitStack, features: Features) -> None:
+        super().__init__(undo, features)
         route(self.network.router, SERVICE_NET, self.network.gateway(0))
 
     def switch(self, number: int) -> Switched:
@@ -192,8 +186,8 @@ class Nft(Method):
         "new anchor in mid-connection"
     )
 
-    def __init__(self, undo: ExitStack) -> None:
-        super().__init__(undo)
+    def __init__(self, undo: ExitStack, features: Features) -> None:
+        super().__init__(undo, features)
         router = self.network.router
         with router.links() as links:  # what has no mark goes nowhere, without an ICMP answer
             links.route("add", dst=str(SERVICE_NET), type="blackhole")

@@ -28,6 +28,7 @@ from scripts.bench.switching.network import (
     command,
 )
 from scripts.errors import UserError
+from upf.features import Features
 from upf.netns import Namespace
 
 START_TIMEOUT_S = 10
@@ -95,7 +96,7 @@ class OpenVSwitch(Method):
         "lease; a connection's packets go to the new anchor in mid-connection"
     )
 
-    def __init__(self, undo: ExitStack) -> None:
+    def __init__(self, undo: ExitStack, _features: Features) -> None:
         # The kernel of the router answers ARP, and forwards nothing: that is up to the switch.
         self.network = Network(undo, forwards=False)
         folder = _folder(undo)
@@ -172,8 +173,8 @@ class Haproxy(Method):
         "anchor sees the proxy's address, not the UE's; TCP only; not gated by a lease"
     )
 
-    def __init__(self, undo: ExitStack) -> None:
-        super().__init__(undo)
+    def __init__(self, undo: ExitStack, features: Features) -> None:
+        super().__init__(undo, features)
         folder = _folder(undo)
         router = self.network.router
         make_local(router, [SERVICE_NET])
@@ -238,8 +239,8 @@ class Dns(Method):
     resolver = True
     host = "service.bench"
 
-    def __init__(self, undo: ExitStack) -> None:
-        super().__init__(undo)
+    def __init__(self, undo: ExitStack, features: Features) -> None:
+        super().__init__(undo, features)
         folder = _folder(undo)
         for number in range(2):
             self.network.route_from_ue(self.network.gateway(number))
