@@ -26,9 +26,11 @@ go to methods and kinds of traffic in random order within each round. datagrams:
 at rate_pps with sequence numbers and send times, sent from a CPU that has nothing else to do;
 kernel receive stamps at both anchors; drops of the probe's own sockets would end the run. requests:
 HTTP GET every 10 ms by httpx, each on a connection of its own, answered after 20 ms by uvicorn, so
-that some are under way at every switch; lost: requests without a complete answer. outage_ms: over
-the runs of lost packets (requests), the send time of the first one after minus that of the last
-before, minus one interval; loss_outage_ms: lost times the interval; resolution: one interval.
+that some are under way at every switch, from that same CPU; lost: requests without a complete
+answer. outage_ms: over the runs of lost packets (requests), the send time of the first one after
+minus that of the last before, minus one interval; loss_outage_ms: lost times the interval, and
+outages_disagree: in how many switches the two differ by more than one interval, which is the
+resolution.
 first_at_new_ms, last_at_old_ms: from the begin of the command to the kernel's receive stamp of the
 first packet at the new anchor, and of the last at the old (requests: to the begin of the first that
 the new one answered, of the last that the old one did). command_ms: until the command says that it

@@ -3,9 +3,9 @@
     python -m scripts.bench.switching.http_client '{"netns": ..., "url": ..., "interval_ms": 10}'
 
 Works in the namespace `netns`; with "resolver": true it has a resolv.conf of its own that names
-the resolver on its loopback. Says a line when it begins; when its standard input ends it waits for
-what is under way and prints a line of JSON: [begin_ns, anchor or null, error or null] a request,
-CLOCK_REALTIME.
+the resolver on its loopback; "cpu" is the CPU that it is to have to itself, or null. Says a line
+when it begins; when its standard input ends it waits for what is under way and prints a line of
+JSON: [begin_ns, anchor or null, error or null] a request, CLOCK_REALTIME.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from topologies import linux
 
 TIMEOUT_S = 2.0
 MS_BIND = 0x1000
+NICE = -15
 
 
 class Client:
@@ -85,5 +86,8 @@ def _enter(netns: str, resolver: bool) -> None:
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])
+    if options["cpu"] is not None:
+        os.sched_setaffinity(0, {options["cpu"]})
+    linux.set_priority(0, NICE)
     _enter(options["netns"], options["resolver"])
     asyncio.run(_main(options))

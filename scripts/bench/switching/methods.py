@@ -163,6 +163,7 @@ class NoSwitch(IpRoute):
     """Nothing is switched: the noise floor."""
 
     name = "none"
+    tools = ()
     settings = "nothing is switched: the noise floor"
     guarantees = ""
 

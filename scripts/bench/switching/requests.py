@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from scripts.bench.switching.datagrams import SENDER_CPU
 from scripts.bench.switching.methods import Method
 from scripts.bench.switching.sample import Sample, samples
 from scripts.errors import UserError
@@ -42,6 +43,7 @@ def visit(method: Method, first: int, count: int, order: random.Random) -> list[
         "url": method.url,
         "interval_ms": INTERVAL_MS,
         "resolver": method.resolver,
+        "cpu": SENDER_CPU,
     }
     switches = []
     with _program("http_client", [json.dumps(asked)]) as client:
