@@ -141,7 +141,7 @@ class IpRoute(Method):
     """`ip route replace` of the route to the service address."""
 
     name = "ip_route"
-    tools = (Tool("ip", "iproute2", ("ip", "-V")),)
+    tools: ClassVar[tuple[Tool, ...]] = (Tool("ip", "iproute2", ("ip", "-V")),)
     settings = "`ip route replace SERVICE/32 via ANCHOR`; the start of the process is part of it"
     guarantees = (
         "one route for all UEs; not gated, never ends by itself; a connection's packets go to the "
