@@ -93,7 +93,12 @@ def open_gate(
     Its links and its routes to the UEs are there already.
     """
     config = gate_config(anchors, ues)
-    gate = Gate(upf.path, config, in_place_renewal=features.in_place_renewal)
+    gate = Gate(
+        upf.path,
+        config,
+        in_place_renewal=features.in_place_renewal,
+        fast_path=features.netdev_forward,
+    )
     undo.callback(gate.close)
     routing.install(upf.path, config)
     return gate

@@ -23,11 +23,11 @@ from upf.features import Features
 METHOD = """\
 UE, UPF and anchor are network namespaces joined by two veth pairs; each arm is a chain of its
 own. plain: the UPF has plain routes, and neither an nftables table nor rules for marks.
-plain_again: the same once more, the noise floor. steered: the UPF has the real gate, policy
-routing and the stated number of live leases, each in both families, all at one anchor or, by UE in
-turn, at several; load goes through all of them in turn, slice after slice (the most even product
-of UEs and services; the other arms see the same addresses), and that it did is read back from the
-leases' own counters. Load: UDP by sendmmsg(2) in
+plain_again: the same once more, the noise floor. steered: the UPF has the real gate (with its fast
+path where the kernel can: fast_path), policy routing and the stated number of live leases, each in
+both families, all at one anchor or, by UE in turn, at several; load goes through all of them in
+turn, slice after slice (the most even product of UEs and services; the other arms see the same
+addresses), and that it did is read back from the leases' own counters. Load: UDP by sendmmsg(2) in
 batches of 128, pinned to one CPU, on which the kernel also forwards; the generator's own cost is
 in every arm, so that ratio is closer to 1 than that of forwarding alone; extra_ns_per_packet is
 free of it. Received: counted at the receiving socket, which refuses every datagram, and checked
@@ -145,6 +145,7 @@ def measure(
         "leases": {size.name: size.leases for size in sizes},
         "anchors": {size.name: size.anchors for size in sizes},
         "flows_without_packets": unused,
+        "fast_path": features.netdev_forward,
         "dropped_by_gate_packets": refused,
         "payload_bytes": PAYLOAD_BYTES,
         "cpu": cpu,

@@ -18,8 +18,9 @@ from upf.features import Features
 
 METHOD = """\
 Each figure is the wall time, in microseconds, of one call in this process that ends when the
-kernel has acknowledged. One COMMIT of one family is three elements (steer, return, qos) with
-timeout and comment; dual-stack, six. packed: upf.nft_socket.NftSocket.commit, from elements to
+kernel has acknowledged. One COMMIT of one family is elements_per_commit elements with timeout and
+comment (steer, return, qos, and with a fast path fast_up and fast_down); dual-stack, twice as
+many. packed: upf.nft_socket.NftSocket.commit, from elements to
 acknowledgement. encode: the part of it that makes the bytes. gate:
 upf.gate.Gate.apply([Install]), with fencing and the flow's state. pyroute2: the same elements in
 pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event loop inside the
@@ -76,7 +77,8 @@ def measure(
     figures: dict[str, Any] = dict(by_live[str(live[0])])
     figures["ratios"] = _ratios(figures)
     figures["by_live_leases"] = by_live
-    figures["elements_per_commit"] = {"single_family": 3, "dual_stack": 6}
+    figures["elements_per_commit"] = benches[live[0]].elements_per_commit
+    figures["fast_path"] = features.netdev_forward
     figures["nft_cli"] = "measured" if command_line else "skipped: no nft command"
     figures["method"] = METHOD
     return figures

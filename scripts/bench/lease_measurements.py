@@ -19,17 +19,17 @@ from scripts.bench.installers import (
     commit_elements,
     grouped,
 )
+from upf import fastpath
 from upf.answers import Element
 from upf.elements import Add, Delete, encode_batch
 from upf.features import Features
+from upf.flows import LeaseElements
 from upf.readback import read_element
 
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
-ELEMENTS_PER_COMMIT = 3  # of one family: steer, return, qos
 ONE_HOUR_NS = 3600 * 1_000_000_000
 ANCHORS = 2
-CONFIG = gate_config(ANCHORS, ())  # as the chain's gate has it, but for the UEs
 
 
 def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 0) -> Binding:
@@ -56,6 +56,10 @@ class LeaseMeasurements:
         undo.callback(chain.close)
         assert chain.gate is not None
         self.gate, namespace = chain.gate, chain.upf
+        config = gate_config(ANCHORS, map(ip_address, UE))  # as the chain's gate has it
+        ports = fastpath.ports(namespace.path, config) if features.netdev_forward else None
+        self._lease_elements = LeaseElements(config, ports)
+        self.elements_per_commit = len(self._elements(0))
         self.packed = PackedInstaller(namespace.path)
         self.installers: dict[str, Installer] = {
             "packed": self.packed,
@@ -99,31 +103,21 @@ class LeaseMeasurements:
         self._number += 1
         return self._number
 
-    def _elements(self, versions: tuple[int, ...] = (4,)) -> list[Add]:
-        number = self._next()
-        return [
-            add
-            for version in versions
-            for add in commit_elements(
-                CONFIG,
-                UE[version == 6],
-                FIRST_SERVICE[version == 6] + number,
-                f"bench-{number:08d} 1",
-            )
-        ]
+    def _elements(self, number: int, versions: tuple[int, ...] = (4,)) -> list[Add]:
+        return commit_elements(self._lease_elements, binding(number, versions))
 
     def _remove(self, elements: list[Add]) -> None:
         self.packed.socket.commit([Delete(add.set_name, add.key) for add in elements])
 
     def _one(self, way: str, versions: tuple[int, ...] = (4,)) -> dict[str, float]:
-        elements = self._elements(versions)
+        elements = self._elements(self._next(), versions)
         took_ns = self.installers[way].install(elements)
         self._remove(elements)
         suffix = "_dual_stack" if len(versions) > 1 else ""
         return {f"{way}{suffix}_us": took_ns / 1e3}
 
     def _batch(self, way: str) -> dict[str, float]:
-        elements = [add for _ in range(self._batch_leases) for add in self._elements()]
+        elements = [add for _ in range(self._batch_leases) for add in self._elements(self._next())]
         in_order = [add for _, adds in grouped(elements) for add in adds]
         took_ns = self.installers[way].install(in_order)
         self._remove(elements)
@@ -136,11 +130,11 @@ class LeaseMeasurements:
         self.gate.apply(installs)
         took_ns = time.perf_counter_ns() - begin_ns
         self.gate.apply([Revoke(lease) for lease in leases])
-        elements = len(leases) * ELEMENTS_PER_COMMIT
+        elements = len(leases) * self.elements_per_commit
         return {"gate_batch_us_per_element": took_ns / 1e3 / elements}
 
     def _encode(self) -> dict[str, float]:
-        elements = self._elements()
+        elements = self._elements(self._next())
         begin_ns = time.perf_counter_ns()
         encode_batch(elements, 1)
         return {"encode_us": (time.perf_counter_ns() - begin_ns) / 1e3}
@@ -172,11 +166,7 @@ class LeaseMeasurements:
         """Make sure that every way, and the gate, put the same into the kernel."""
         lease = binding(self._next(), (4, 6))
         self.gate.apply([Install(lease)])
-        wanted = [
-            add
-            for flow, ue in zip(lease.flows, UE, strict=True)
-            for add in commit_elements(CONFIG, ue, flow.service, f"{lease.lease_id} 1")
-        ]
+        wanted = commit_elements(self._lease_elements, lease)
         by_gate = [self._held(add) for add in wanted]
         self.gate.apply([Revoke(lease)])
         for name, installer in self.installers.items():

@@ -149,11 +149,11 @@ def test_leases_that_end_at_once(figures: dict[str, Any]) -> None:
     found = figures["mass_expiry"]
     assert found["lost"] == found["overrun_packets"] == 0
     assert not found["blind"]
-    assert found["controls"]["late_by_50_ms"]["overrun_packets"] > 100
-    assert found["controls"]["other_lease_revoked"]["lost"] > 10
+    assert found["controls"]["late_by_50_ms"]["overrun_packets"] > 20
+    assert found["controls"]["other_lease_revoked"]["lost"] > 0
     for run in found["runs"]:
-        assert run["ending_received_in_time"] > 1_000
-        assert run["ending_refused"] > 1_000
+        assert run["ending_received_in_time"] > 200
+        assert run["ending_refused"] > 200
 
 
 def test_switches(figures: dict[str, Any]) -> None:
