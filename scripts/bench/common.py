@@ -79,11 +79,19 @@ def write_result(
         "software": manifest.software(),
         "sysctls": manifest.sysctls(),
     }
+    make_folder_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file is to be written to: before the work, so that it is not lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder of {path}: {error.strerror}") from error
 
 
 def print_table(

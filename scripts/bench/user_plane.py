@@ -247,6 +247,7 @@ def command(path: Path, parts: tuple[str, ...], **given: Any) -> None:
     given["methods"] = given["methods"] or tuple(method.name for method in METHODS)
     options = Options(**given)
     chosen, target = parts or PARTS, path.absolute()
+    common.make_folder_of(target)
     status = run_isolated(lambda: _isolated(chosen, options, target))
     if status > EXIT_BY_SIGNAL:
         raise UserError("the benchmark was ended by a signal", status)
