@@ -17,12 +17,14 @@ from scripts.bench.switching import datagrams, requests
 from scripts.bench.switching.methods import IN_KERNEL, Method, NftTwoCalls, NoSwitch, Traffic
 from scripts.bench.switching.programs import PROGRAMS
 from scripts.bench.switching.sample import Sample
+from topologies.linux import set_priority
 from upf.features import Features
 
 METHOD = """\
 Each method has a network of its own, all alike: UE, router and two anchors that own the service
 address, four namespaces and three veth pairs, one clock. Visits of a few switches, there and back,
-go to methods and kinds of traffic in random order within each round. datagrams: 64-byte UDP uplink
+go to methods and kinds of traffic in random order within each round. All programs run at nice -10,
+on CPUs that do not send. datagrams: 64-byte UDP uplink
 at rate_pps with sequence numbers and send times, sent from a CPU that has nothing else to do;
 kernel receive stamps at both anchors; drops of the probe's own sockets would end the run. requests:
 HTTP GET every 10 ms by httpx, each on a connection of its own, answered after 20 ms by uvicorn, so
@@ -39,6 +41,8 @@ and haproxy's runtime API are calls of a running process. none is the noise floo
 the control that must lose. Only lease is gated by a lease; `guarantees` says what else differs."""
 
 SWITCHES_PER_VISIT = 5
+NICE = -10
+"""Of all that takes part, as Open vSwitch's own start script has it (ovs-ctl)."""
 METHODS: tuple[type[Method], ...] = (*IN_KERNEL, *PROGRAMS)
 
 
@@ -81,7 +85,7 @@ def measure(
     for name, why in skipped.items():
         common.console.print(f"{name}: skipped, {why}", highlight=False)
     with ExitStack() as undo:
-        undo.enter_context(_sender_alone())
+        undo.enter_context(_undisturbed())
         courses = [
             Course(method(undo, features), 0, {traffic: [] for traffic in method.traffic})
             for method in chosen
@@ -165,13 +169,15 @@ def _known(values: list[float]) -> dict[str, float] | None:
 
 
 @contextmanager
-def _sender_alone() -> Iterator[None]:
-    """Keep this process, and what it starts, off the CPU that sends."""
+def _undisturbed() -> Iterator[None]:
+    """Keep this process, and what it starts, off the CPU that sends, and before other work."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, (allowed - {datagrams.SENDER_CPU}) or allowed)
+    set_priority(0, NICE)
     try:
         yield
     finally:
+        set_priority(0, 0)
         os.sched_setaffinity(0, allowed)
 
 
