@@ -170,6 +170,7 @@ def test_switches(figures: dict[str, Any]) -> None:
     assert lease["datagrams"]["first_at_new_ms"]["max"] < 50
     assert lease["requests"]["first_at_new_ms"] is not None
     assert control["lost"] > 0
+    assert control["datagrams"]["quiet_lost"] == 0 < control["datagrams"]["quiet_sent"]
     assert control["outage_ms"]["p50"] == pytest.approx(
         control["datagrams"]["loss_outage_ms"]["p50"], abs=0.2
     )

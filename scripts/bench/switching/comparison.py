@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,21 +24,22 @@ METHOD = """\
 Each method has a network of its own, all alike: UE, router and two anchors that own the service
 address, four namespaces and three veth pairs, one clock. Visits of a few switches, there and back,
 go to methods and kinds of traffic in random order within each round. All programs run at nice -10,
-on CPUs that do not send. datagrams: 64-byte UDP uplink
-at rate_pps with sequence numbers and send times, sent from a CPU that has nothing else to do;
-kernel receive stamps at both anchors; drops of the probe's own sockets would end the run. requests:
-HTTP GET every 10 ms by httpx, each on a connection of its own, answered after 20 ms by uvicorn, so
-that some are under way at every switch, from that same CPU; lost: requests without a complete
-answer. outage_ms: over the runs of lost packets (requests), the send time of the first one after
-minus that of the last before, minus one interval; loss_outage_ms: lost times the interval, and
+on CPUs that do not send. datagrams: 64-byte UDP uplink at rate_pps with sequence numbers and send
+times, sent from a CPU that has nothing else to do; kernel receive stamps at both anchors; drops of
+the probe's own sockets would end the run. Before each switch there is a stretch as long without
+one: quiet_lost of quiet_sent, which is what the method's network loses by itself. requests: HTTP
+GET every 10 ms by httpx, each on a connection of its own, answered after 20 ms by uvicorn, so that
+some are under way at every switch, from that same CPU; lost: requests without a complete answer.
+outage_ms: over the runs of lost packets (requests), the send time of the first one after minus that
+of the last before, minus one interval; loss_outage_ms: lost times the interval, and
 outages_disagree: in how many switches the two differ by more than one interval, which is the
-resolution.
-first_at_new_ms, last_at_old_ms: from the begin of the command to the kernel's receive stamp of the
-first packet at the new anchor, and of the last at the old (requests: to the begin of the first that
-the new one answered, of the last that the old one did). command_ms: until the command says that it
-is done; commands are started as a user would start them, and that is part of it, while lease
-and haproxy's runtime API are calls of a running process. none is the noise floor, nft_two_calls
-the control that must lose. Only lease is gated by a lease; `guarantees` says what else differs."""
+resolution. first_at_new_ms, last_at_old_ms: from the begin of the command to the kernel's receive
+stamp of the first packet at the new anchor, and of the last at the old (requests: to the begin of
+the first that the new one answered, of the last that the old one did). command_ms: until the
+command says that it is done; commands are started as a user would start them, and that is part of
+it, while lease and haproxy's runtime API are calls of a running process. none is the noise floor,
+nft_two_calls the control that must lose. Only lease is gated by a lease; `guarantees` says what
+else differs."""
 
 SWITCHES_PER_VISIT = 5
 NICE = -10
@@ -53,12 +54,15 @@ class Course:
     method: Method
     at: int
     samples: dict[Traffic, list[Sample]]
+    quiet: list[Sample] = field(default_factory=list)
+    """Stretches of datagrams without a switch."""
 
     def visit(self, traffic: Traffic, count: int, rate_pps: int, order: random.Random) -> None:
         """Switch so many times under this traffic."""
         first = 1 - self.at
         if traffic is Traffic.DATAGRAMS:
-            found = datagrams.visit(self.method, first, count, rate_pps, order)
+            found, quiet = datagrams.visit(self.method, first, count, rate_pps, order)
+            self.quiet += quiet
         else:
             found = requests.visit(self.method, first, count, order)
         self.at = (self.at + count) % 2
@@ -124,6 +128,11 @@ def _figures(course: Course, rate_pps: int, seed: int) -> dict[str, Any]:
         str(traffic): _summary(samples, intervals_ms[traffic], seed)
         for traffic, samples in course.samples.items()
     }
+    if course.quiet:
+        by_traffic[Traffic.DATAGRAMS] |= {
+            "quiet_sent": sum(sample.sent for sample in course.quiet),
+            "quiet_lost": sum(sample.lost for sample in course.quiet),
+        }
     first = method.traffic[0]
     return {
         "lost": by_traffic[first]["lost"],
@@ -196,13 +205,22 @@ def show(figures: dict[str, Any]) -> None:
                     f"{one['switches']}",
                     f"{one['sent']:,}",
                     f"{one['lost']:,}",
+                    f"{one['quiet_lost']:,}" if "quiet_lost" in one else "",
                     f"{outage['p50']:.1f} / {outage['max']:.1f}",
                     f"{one['command_ms']['p50']:.2f}",
                     f"{new['p50']:.2f} / {new['p99']:.2f}" if new and name != NoSwitch.name else "",
                 )
             )
-    rows += [(f"{name} skipped", *[""] * 6) for name in figures["skipped"]]
-    columns = ["method", "switches", "sent", "lost", "outage p50 / max, ms", "command, ms"]
+    rows += [(f"{name} skipped", *[""] * 7) for name in figures["skipped"]]
+    columns = [
+        "method",
+        "switches",
+        "sent",
+        "lost",
+        "quiet lost",
+        "outage p50 / max, ms",
+        "command, ms",
+    ]
     columns += ["first at new p50 / p99, ms"]
     caption = "blind: the control lost nothing or is missing, or the noise floor lost something"
     common.print_table("Relocation", columns, rows, caption if figures["blind"] else "")

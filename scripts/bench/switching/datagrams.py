@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from scripts.bench.switching.methods import Method
-from scripts.bench.switching.network import SERVICE, UE
+from scripts.bench.switching.network import SERVICE, UE, Switched
 from scripts.bench.switching.sample import Sample, samples
 from scripts.errors import UserError
 from scripts.interruption import Trace, build_trace
@@ -35,30 +35,40 @@ SENDER_CPU = max(CPUS) if len(CPUS) > 1 else None
 
 def visit(
     method: Method, first: int, count: int, rate_pps: int, order: random.Random
-) -> list[Sample]:
-    """Switch `count` times under datagrams, to `first` at first; return what each came to."""
+) -> tuple[list[Sample], list[Sample]]:
+    """Switch `count` times under datagrams, to `first` at first.
+
+    Returns what each switch came to, and the same of as many stretches without one, each before a
+    switch: what is lost there is lost by the method's network, and not by switching.
+    """
     plan = _plan(method, rate_pps)
     with tempfile.TemporaryDirectory(prefix="datagrams-") as name:
         folder = Path(name)
-        switches = []
+        instants, sites = [], []
         with ProbeSession(plan, folder) as probe:
             time.sleep(BEGIN_S)
             for number in range(count):
+                target = (first + number) % 2
                 time.sleep(order.uniform(*BETWEEN_S))
-                switches.append(method.switch((first + number) % 2))
+                now_ns = time.time_ns()
+                instants.append(Switched(now_ns, now_ns))
+                time.sleep(order.uniform(*BETWEEN_S))
+                instants.append(method.switch(target))
+                sites += [FIRST_ANCHOR_SITE + 1 - target, FIRST_ANCHOR_SITE + target]
             time.sleep(END_S)
             end_ns = time.time_ns()
             stats = probe.stop()
         _check(method, stats)
         trace = _trace(folder, plan)
-    return samples(
+    found = samples(
         trace,
-        switches,
+        instants,
         before_ns=BEFORE_NS,
         end_ns=end_ns,
         interval_ns=plan.interval_ns,
-        sites=(FIRST_ANCHOR_SITE + first, FIRST_ANCHOR_SITE + 1 - first),
+        sites=sites,
     )
+    return found[1::2], found[::2]
 
 
 def _plan(method: Method, rate_pps: int) -> ProbePlan:

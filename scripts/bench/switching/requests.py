@@ -65,7 +65,7 @@ def visit(method: Method, first: int, count: int, order: random.Random) -> list[
         before_ns=BEFORE_NS,
         end_ns=end_ns,
         interval_ns=INTERVAL_NS,
-        sites=(first, 1 - first),
+        sites=[(first + number) % 2 for number in range(count)],
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,12 +65,12 @@ def samples(
 ) -> list[Sample]:
     """Cut a trace at the switches, `before_ns` before each, and look at every piece.
 
-    `sites`: where the service went at first and at second, and so on in turn.
+    `sites`: where the service went with each.
     """
     begins = [switched.begin_ns - before_ns for switched in switches]
     return [
         sample(trace, switched, trace.window(begin_ns, until_ns), interval_ns, site)
         for switched, begin_ns, until_ns, site in zip(
-            switches, begins, [*begins[1:], end_ns], itertools.cycle(sites), strict=False
+            switches, begins, [*begins[1:], end_ns], sites, strict=True
         )
     ]
