@@ -20,6 +20,7 @@ from scripts.errors import UserError
 from scripts.records import write_json
 
 SCHEMA_VERSION = 1
+FILE_COLUMNS = 140  # of a table that nobody watches: whole words rather than a terminal's width
 QUANTILES = ("p50", "p90", "p99")
 
 console = Console(stderr=True)
@@ -103,4 +104,5 @@ def print_table(
         table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    out = Console()
+    (out if out.is_terminal else Console(width=FILE_COLUMNS)).print(table)
