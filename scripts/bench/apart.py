@@ -58,7 +58,13 @@ async def _serve(gate: Gate, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    from scripts.bench.lease_measurements import CONFIG
+    from scripts.bench.lease_measurements import config
 
-    made = Gate(sys.argv[1], CONFIG, in_place_renewal=probe().in_place_renewal)
+    features = probe()
+    made = Gate(  # it adopts the tables, which the caller's gate has made alike
+        sys.argv[1],
+        config(),
+        in_place_renewal=features.in_place_renewal,
+        fast_path=features.netdev_forward,
+    )
     uvloop.run(_serve(made, Path(sys.argv[2])))

@@ -5,17 +5,13 @@ import click
 from scripts.cli import LazyGroup
 
 COMMANDS = {
-    "install": (
-        "scripts.bench.install:command",
-        "One COMMIT into the kernel: packed, pyroute2, nft command.",
+    "user-plane": (
+        "scripts.bench.user_plane:command",
+        "Leases at scale; relocation beside nft, ip route, Open vSwitch, HAProxy, DNS.",
     ),
     "control": (
         "scripts.bench.control:command",
         "Pages over HTTP and in process, evidence, memory.",
-    ),
-    "forwarding": (
-        "scripts.bench.forwarding:command",
-        "Packets per second: steered against plain forwarding.",
     ),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from scripts.errors import UserError
 from scripts.records import write_json
 
 SCHEMA_VERSION = 1
+FILE_COLUMNS = 140  # of a table that nobody watches: whole words rather than a terminal's width
 QUANTILES = ("p50", "p90", "p99")
 
 console = Console(stderr=True)
@@ -57,6 +59,12 @@ def steps(description: str, count: int) -> Iterator[int]:
         yield from bar.track(range(count))
 
 
+def allow_many_files() -> None:
+    """Raise the limit on open files: every address that sends has a socket."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def write_result(
     path: Path, *, benchmark: str, seed: int, options: dict[str, Any], figures: dict[str, Any]
 ) -> None:
@@ -72,11 +80,19 @@ def write_result(
         "software": manifest.software(),
         "sysctls": manifest.sysctls(),
     }
+    make_folder_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the folder that a file is to be written to: before the work, so that it is not lost."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder of {path}: {error.strerror}") from error
 
 
 def print_table(
@@ -88,4 +104,5 @@ def print_table(
         table.add_column(column, justify="right" if number else "left", no_wrap=not number)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    out = Console()
+    (out if out.is_terminal else Console(width=FILE_COLUMNS)).print(table)

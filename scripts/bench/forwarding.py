@@ -1,4 +1,4 @@
-"""`aipaging bench forwarding`: packets a second through the gate against plain forwarding.
+"""Packets a second through the gate against plain forwarding.
 
 Each round sends one slice through every chain in random order, back to back; a figure is the
 median over rounds of the ratio of two slices of the same round.
@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import click
-
 from scripts.bench import common
-from scripts.bench.chain import Chain, addresses
+from scripts.bench.chain import RADIO, Chain, addresses
 from scripts.bench.load import Load, Slice
-from scripts.errors import UserError, require_root
-from upf.features import probe
+from scripts.errors import UserError
+from upf.features import Features
 
 METHOD = """\
 UE, UPF and anchor are network namespaces joined by two veth pairs; each arm is a chain of its
 own. plain: the UPF has plain routes, and neither an nftables table nor rules for marks.
-plain_again: the same once more, the noise floor. steered: the UPF has the real gate, policy
-routing and the stated number of live leases; load goes through all of them in turn (the most even
-product of UEs and services; the other arms see the same addresses). Load: UDP by sendmmsg(2) in
+plain_again: the same once more, the noise floor. steered: the UPF has the real gate (with its fast
+path where the kernel can: fast_path), policy routing and the stated number of live leases, each in
+both families, all at one anchor or, by UE in turn, at several; load goes through all of them in
+turn, slice after slice (the most even product of UEs and services; the other arms see the same
+addresses), and that it did is read back from the leases' own counters. Load: UDP by sendmmsg(2) in
 batches of 128, pinned to one CPU, on which the kernel also forwards; the generator's own cost is
 in every arm, so that ratio is closer to 1 than that of forwarding alone; extra_ns_per_packet is
 free of it. Received: counted at the receiving socket, which refuses every datagram, and checked
@@ -47,6 +46,19 @@ PATH_LIMIT_NS = 10_000_000_000
 MAX_LEASES = 100_000
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How many leases a steered arm has, and at how many anchors."""
+
+    leases: int
+    anchors: int = 1
+
+    @property
+    def name(self) -> str:
+        """What its figures are called."""
+        return str(self.leases) if self.anchors == 1 else f"{self.anchors}_anchors"
+
+
 class Loads:
     """The prepared loads of one arm at one number of leases, by case."""
 
@@ -55,19 +67,25 @@ class Loads:
         for version, direction in CASES:
             ues, services = addresses(leases, version)
             if direction == "uplink":
-                load = Load(chain.ue, chain.anchor, "n6", ues, services, PAYLOAD_BYTES)
+                load = Load(chain.ue, chain.anchor, chain.n6, ues, services, PAYLOAD_BYTES)
             else:
-                load = Load(chain.anchor, chain.ue, "radio", services, ues, PAYLOAD_BYTES)
+                load = Load(chain.anchor, chain.ue, (RADIO,), services, ues, PAYLOAD_BYTES)
             undo.callback(load.close)
             self._loads[version, direction] = load
 
     def warm_up(self) -> None:
-        """Send until every case has a path: neighbours must be found, IPv6 addresses settle."""
+        """Send until every case has a path, then once through all leases.
+
+        Neighbours must be found, IPv6 addresses settle.
+        """
         for case, load in self._loads.items():
             end_ns = time.monotonic_ns() + PATH_LIMIT_NS
             while load.run(WARM_UP_NS).lost:
                 if time.monotonic_ns() > end_ns:
                     raise UserError(f"IPv{case[0]} {case[1]}: packets do not come through")
+            sent = 0
+            while sent < load.packets_of_all_turns:
+                sent += load.run(WARM_UP_NS).sent
 
     def run(self, case: tuple[int, str], duration_ns: int) -> Slice:
         """Run one slice; what it received must really have come through."""
@@ -79,57 +97,67 @@ class Loads:
 
 def measure(
     *,
-    leases: Sequence[int],
+    sizes: Sequence[Size],
     rounds: int,
     slice_ns: int,
     seed: int,
-    in_place_renewal: bool = True,
-    fast_path: bool = True,
+    features: Features,
 ) -> dict[str, Any]:
-    """Measure with each number of leases; return the figures."""
+    """Measure with each number of leases and anchors; return the figures, by `Size.name`."""
     order = random.Random(seed)
-    _allow_many_sockets()
-    slices: dict[tuple[int, tuple[int, str], str], list[Slice]] = {}
+    common.allow_many_files()
+    slices: dict[tuple[Size, tuple[int, str], str], list[Slice]] = {}
     with ExitStack() as undo, _one_cpu() as cpu:
-        plain = {arm: Chain(leases=None) for arm in (PLAIN, AGAIN)}
+        plain = {arm: Chain(leases=None, features=features) for arm in (PLAIN, AGAIN)}
         for chain in plain.values():
             undo.callback(chain.close)
-        loads: dict[tuple[int, str], Loads] = {}
-        gated: list[Chain] = []
-        for count in leases:
-            steered = Chain(leases=count, in_place_renewal=in_place_renewal, fast_path=fast_path)
+        loads: dict[tuple[Size, str], Loads] = {}
+        gated: dict[Size, Chain] = {}
+        for size in sizes:
+            steered = gated[size] = Chain(
+                leases=size.leases, anchors=size.anchors, features=features
+            )
             undo.callback(steered.close)
-            gated.append(steered)
+            steered.grant()
             for arm, chain in (*plain.items(), (STEERED, steered)):
-                loads[count, arm] = Loads(chain, count, undo)
+                loads[size, arm] = Loads(chain, size.leases, undo)
         for found in loads.values():
             found.warm_up()
         for _ in common.steps("forwarding", rounds):
-            todo = [(count, case) for count in leases for case in CASES]
+            todo = [(size, case) for size in sizes for case in CASES]
             order.shuffle(todo)
-            for count, case in todo:
+            for size, case in todo:
                 for arm in order.sample(ARMS, len(ARMS)):
-                    result = loads[count, arm].run(case, slice_ns)
-                    slices.setdefault((count, case, arm), []).append(result)
-        refused = [sum(chain.gate.drops().values()) for chain in gated if chain.gate]
-    by_leases: dict[str, dict[str, dict[str, Any]]] = {
-        str(count): {"ipv4": {}, "ipv6": {}} for count in leases
-    }
-    for count in leases:
-        for version, direction in CASES:
-            arms = {arm: slices[count, (version, direction), arm] for arm in ARMS}
-            by_leases[str(count)][f"ipv{version}"][direction] = _compare(arms, seed)
+                    result = loads[size, arm].run(case, slice_ns)
+                    slices.setdefault((size, case, arm), []).append(result)
+        refused = sum(sum(chain.gate.drops().values()) for chain in gated.values() if chain.gate)
+        unused = {size.name: _unused_flows(chain) for size, chain in gated.items()}
+    by_size: dict[str, dict[str, Any]] = {}
+    for size in sizes:
+        found_at = by_size[size.name] = {"ipv4": {}, "ipv6": {}}
+        for case in CASES:
+            arms = {arm: slices[size, case, arm] for arm in ARMS}
+            found_at[f"ipv{case[0]}"][case[1]] = _compare(arms, seed)
     return {
-        "ratio": {count: found["ipv4"]["uplink"]["ratio"] for count, found in by_leases.items()},
-        "ratio_ipv6": {
-            count: found["ipv6"]["uplink"]["ratio"] for count, found in by_leases.items()
-        },
-        "by_live_leases": by_leases,
-        "dropped_by_gate_packets": sum(refused),
+        "ratio": {name: found["ipv4"]["uplink"]["ratio"] for name, found in by_size.items()},
+        "ratio_ipv6": {name: found["ipv6"]["uplink"]["ratio"] for name, found in by_size.items()},
+        "by_live_leases": by_size,
+        "leases": {size.name: size.leases for size in sizes},
+        "anchors": {size.name: size.anchors for size in sizes},
+        "flows_without_packets": unused,
+        "fast_path": features.netdev_forward,
+        "dropped_by_gate_packets": refused,
         "payload_bytes": PAYLOAD_BYTES,
         "cpu": cpu,
         "method": METHOD,
     }
+
+
+def _unused_flows(chain: Chain) -> int:
+    """Return how many flows of leases saw no packet in one of the directions, by their counters."""
+    assert chain.gate is not None
+    usages = [flow.usage for flow in chain.gate.enforced()]
+    return sum(not (usage.uplink_packets and usage.downlink_packets) for usage in usages)
 
 
 def _compare(arms: dict[str, list[Slice]], seed: int) -> dict[str, Any]:
@@ -155,12 +183,6 @@ def _compare(arms: dict[str, list[Slice]], seed: int) -> dict[str, Any]:
             for arm, found in arms.items()
         },
     }
-
-
-def _allow_many_sockets() -> None:
-    """Raise the limit on open files: every UE and service that sends has a socket."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager
@@ -197,68 +219,3 @@ def show(figures: dict[str, Any]) -> None:
     columns = ("leases", "plain pps", "steered pps", "ratio", "plain/plain", "+ns", "lost")
     caption = "ratio: median [95 % interval]; plain/plain: the noise floor; lost: of all arms"
     common.print_table("Steered against plain forwarding", columns, rows, caption)
-
-
-def _parse_leases(_context: click.Context, _option: click.Parameter, text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise click.BadParameter("give numbers separated by commas, as in 1,10000") from error
-    if not all(0 < count <= MAX_LEASES for count in counts):
-        raise click.BadParameter(f"each number is from 1 to {MAX_LEASES}")
-    return counts
-
-
-@click.command()
-@click.option(
-    "--json",
-    "path",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the figures go.",
-)
-@click.option(
-    "--leases",
-    default="1,10000",
-    show_default=True,
-    callback=_parse_leases,
-    help="Numbers of live leases, each per address family.",
-)
-@click.option("--rounds", default=30, show_default=True, type=click.IntRange(3, 1_000))
-@click.option(
-    "--seconds-per-arm",
-    "slice_s",
-    default=0.25,
-    show_default=True,
-    type=click.FloatRange(0.01, 10),
-    help="Length of one slice: one arm, once in a round.",
-)
-@click.option("--seed", default=1, show_default=True, help="Of the order within each round.")
-def command(path: Path, leases: tuple[int, ...], rounds: int, slice_s: float, seed: int) -> None:
-    """Compare packets per second steered by the gate with plain forwarding, in one run.
-
-    64-byte UDP through three network namespaces of its own, which vanish with it. IPv4 and IPv6,
-    uplink and downlink; three minutes with the defaults.
-
-    \b
-    Example:
-      aipaging bench forwarding --json results/forwarding.json
-
-    In the file, ratio.1.p50 and ratio.10000.p50 are steered over plain (IPv4 uplink) with 1 and
-    10000 live leases, ci95 their interval; docs/performance.md explains every key.
-    """
-    require_root("a benchmark of the kernel")
-    features = probe()
-    if not (features.timeout_map and features.ct_mark and features.policy_routing6):
-        raise UserError("this kernel cannot hold the gate: see aipaging doctor")
-    figures = measure(
-        leases=leases,
-        rounds=rounds,
-        slice_ns=int(slice_s * 1e9),
-        seed=seed,
-        in_place_renewal=features.in_place_renewal,
-        fast_path=features.netdev_forward,
-    )
-    show(figures)
-    options = {"leases": list(leases), "rounds": rounds, "seconds_per_arm": slice_s}
-    common.write_result(path, benchmark="forwarding", seed=seed, options=options, figures=figures)

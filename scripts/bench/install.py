@@ -1,4 +1,4 @@
-"""`aipaging bench install`: what it costs to put one COMMIT into the kernel, by each way there is.
+"""What it costs to put one COMMIT into the kernel, by each way there is.
 
 Every round takes every measurement once, in random order, in a namespace without and in one with
 other live leases: what disturbs the machine disturbs all of them alike.
@@ -10,34 +10,32 @@ import gc
 import random
 from collections import defaultdict
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
-
-import click
 
 from scripts.bench import common
 from scripts.bench.lease_measurements import LeaseMeasurements
-from scripts.errors import require_root
+from upf.features import Features
 
 METHOD = """\
 Each figure is the wall time, in microseconds, of one call in this process that ends when the
-kernel has acknowledged. One COMMIT of one family is three elements (steer, return, qos) with
-timeout and comment; dual-stack, six. packed: upf.nft_socket.NftSocket.commit, from elements to
+kernel has acknowledged. One COMMIT of one family is elements_per_commit elements with timeout and
+comment (steer, return, qos, and with a fast path fast_up and fast_down); dual-stack, twice as
+many. packed: upf.nft_socket.NftSocket.commit, from elements to
 acknowledgement. encode: the part of it that makes the bytes. gate:
 upf.gate.Gate.apply([Install]), with fencing and the flow's state. socket: the same by a gate in a
 process of its own, asked over its Unix socket (upf.remote), until its answer is here. pyroute2: the
 same elements in pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event
 loop inside the namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases
-in one transaction, sorted by set, per element. All are interleaved in random order within each
-round, in turns of a few calls; garbage collection is off meanwhile."""
+in one transaction, per element (gate_batch: one Gate.apply; else sorted by set). Live leases, and
+those that are installed, are of one family (IPv4) where nothing else is said. All are interleaved
+in random order within each round, in turns of a few calls; garbage collection is off meanwhile."""
 
 TURN_CALLS = 5
 SLOW_SHARE = 10  # batches and the command line are taken once in so many rounds
-BATCH_LEASES = 1_000
 
 
 def measure(
-    *, live: list[int], rounds: int, seed: int, batch_leases: int = BATCH_LEASES
+    *, live: list[int], rounds: int, seed: int, features: Features, batch_leases: int
 ) -> dict[str, Any]:
     """Measure with each number of live leases; return the figures.
 
@@ -46,7 +44,7 @@ def measure(
     order = random.Random(seed)
     samples: dict[int, dict[str, list[float]]] = {count: defaultdict(list) for count in live}
     with ExitStack() as undo:
-        benches = {count: LeaseMeasurements(count, batch_leases, undo) for count in live}
+        benches = {count: LeaseMeasurements(count, batch_leases, features, undo) for count in live}
         command_line = all("nft_cli" in bench.installers for bench in benches.values())
         if not command_line:
             common.console.print("nft_cli: skipped, there is no nft command on this machine")
@@ -80,7 +78,8 @@ def measure(
     figures: dict[str, Any] = dict(by_live[str(live[0])])
     figures["ratios"] = _ratios(figures)
     figures["by_live_leases"] = by_live
-    figures["elements_per_commit"] = {"single_family": 3, "dual_stack": 6}
+    figures["elements_per_commit"] = benches[live[0]].elements_per_commit
+    figures["fast_path"] = features.netdev_forward
     figures["nft_cli"] = "measured" if command_line else "skipped: no nft command"
     figures["method"] = METHOD
     return figures
@@ -114,40 +113,3 @@ def show(figures: dict[str, Any]) -> None:
     caption = "" if figures["nft_cli"] == "measured" else f"nft_cli {figures['nft_cli']}"
     columns = ("figure (µs)", "live leases", *common.QUANTILES, "count")
     common.print_table("One COMMIT into the kernel", columns, rows, caption)
-
-
-@click.command()
-@click.option(
-    "--json",
-    "path",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the figures go.",
-)
-@click.option(
-    "--leases",
-    default=10_000,
-    show_default=True,
-    type=click.IntRange(1, 130_000 - BATCH_LEASES),
-    help="Other live leases in the second namespace; the first has none. 100000 takes some 10 s.",
-)
-@click.option("--rounds", default=300, show_default=True, type=click.IntRange(2, 5_000))
-@click.option("--seed", default=1, show_default=True, help="Of the order within each round.")
-def command(path: Path, leases: int, rounds: int, seed: int) -> None:
-    """Time one COMMIT into the kernel: our packed message, pyroute2's own call, the nft command.
-
-    Works in network namespaces of its own, which vanish with it; a minute with the defaults.
-
-    \b
-    Example:
-      aipaging bench install --json results/install.json
-
-    In the file, times are microseconds: packed_us.p50 is the median of the bare message of one
-    COMMIT, gate_us.p50 that of the whole Gate.apply; pyroute2_us, nft_cli_us and
-    packed_batch_us_per_element stand beside them. docs/performance.md explains every key.
-    """
-    require_root("a benchmark of the kernel")
-    figures = measure(live=[0, leases], rounds=rounds, seed=seed)
-    show(figures)
-    options = {"leases": leases, "rounds": rounds, "batch_leases": BATCH_LEASES}
-    common.write_result(path, benchmark="install", seed=seed, options=options, figures=figures)

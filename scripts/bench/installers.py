@@ -10,21 +10,22 @@ import subprocess
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from ipaddress import ip_address
 from typing import Any, Protocol
 
-from pyroute2.netlink.nfnetlink.nftsocket import NFT_MSG_NEWSETELEM
+from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_NETDEV, NFT_MSG_NEWSETELEM
 from pyroute2.netns import setns
 from pyroute2.nftables.main import AsyncNFTables
 
+from controlplane.enforcement import Binding
 from scripts.errors import UserError
-from upf.config import GateConfig
+from upf import fastpath
 from upf.elements import MAX_ELEMENTS, Add
-from upf.expressions import u32
-from upf.messages import TABLE, batch, element_message, key_attribute
+from upf.fastpath import INDEX_BYTES
+from upf.flows import LeaseElements, flow_key, holding
+from upf.messages import TABLE, batch, element_message, family_of, key_attribute
 from upf.netns import in_namespace
 from upf.nft_socket import NftSocket
-from upf.tables import ifname_key
 
 TIMEOUT_MS = 600_000
 
@@ -39,19 +40,13 @@ class Installer(Protocol):
         """Let go of sockets and threads."""
 
 
-def commit_elements(
-    config: GateConfig, ue: str, service: IPv4Address | IPv6Address, comment: str
-) -> list[Add]:
-    """Return the elements of one COMMIT in one family, as the gate makes them."""
-    version = service.version
-    pair = ip_address(ue).packed + service.packed
-    anchor = config.anchors[0]
-    text = comment.encode()
-    (class_id,) = config.qos_classes.values()
+def commit_elements(elements: LeaseElements, binding: Binding) -> list[Add]:
+    """Return the elements of one COMMIT, as the gate makes them."""
+    state = holding(binding, ())
     return [
-        Add(f"steer{version}", pair, TIMEOUT_MS, u32(config.mark(anchor.name)), text),
-        Add(f"return{version}", pair + ifname_key(anchor.interface), TIMEOUT_MS, b"", text),
-        Add(f"qos{version}", pair, TIMEOUT_MS, u32(class_id), text),
+        Add(set_name, key, TIMEOUT_MS, data, comment)
+        for flow in binding.flows
+        for set_name, key, data, comment, _, _ in elements.of(flow_key(flow), state)
     ]
 
 
@@ -139,7 +134,7 @@ class CommandLineInstaller:
     def install(self, elements: Sequence[Add]) -> int:
         """Run the command; writing its input is not counted, starting it is."""
         text = "".join(
-            f"add element inet {TABLE} {name} {{ {', '.join(map(_as_text, group))} }}\n"
+            f"add element {_table(name)} {name} {{ {', '.join(map(_as_text, group))} }}\n"
             for name, group in grouped(elements)
         )
 
@@ -183,15 +178,30 @@ def _as_pyroute2(add: Add) -> dict[str, Any]:
     return {"attrs": attributes}
 
 
+def _table(set_name: str) -> str:
+    family = "netdev" if family_of(set_name) == NFPROTO_NETDEV else "inet"
+    return f"{family} {TABLE}"
+
+
 def _as_text(add: Add) -> str:
     size = 4 if add.set_name.endswith("4") else 16
     key = f"{ip_address(add.key[:size])} . {ip_address(add.key[size : 2 * size])}"
-    port = add.key[2 * size :].rstrip(b"\0").decode()
-    if port:
-        key += f' . "{port}"'
+    port = add.key[2 * size :]
+    if len(port) == INDEX_BYTES:
+        key += f" . {_number(port)}"
+    elif port:
+        key += f' . "{port.rstrip(bytes(1)).decode()}"'
     text = f'{key} timeout {add.timeout_ms}ms comment "{add.comment.decode()}"'
-    if add.data:
-        value = int.from_bytes(add.data, "little")
-        qos = add.set_name.startswith("qos")
-        text += f" : {value >> 16:x}:{value & 0xFFFF:x}" if qos else f" : {value:#x}"
+    match add.set_name[:-1]:
+        case "steer":
+            text += f" : {_number(add.data):#x}"
+        case "qos" | fastpath.DOWN:
+            text += f" : {_number(add.data) >> 16:x}:{_number(add.data) & 0xFFFF:x}"
+        case fastpath.UP:
+            hop = add.data[INDEX_BYTES : INDEX_BYTES + size]
+            text += f" : {_number(add.data[:INDEX_BYTES])} . {ip_address(hop)}"
     return text
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, "little")

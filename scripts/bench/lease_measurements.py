@@ -11,6 +11,7 @@ from ipaddress import ip_address
 
 from controlplane.enforcement import Binding, Flow, Install, Move, Operation, Renew, Revoke
 from scripts.bench.apart import GateApart
+from scripts.bench.chain import QOS_PROFILE, Chain, edge, gate_config, install
 from scripts.bench.installers import (
     CommandLineInstaller,
     Installer,
@@ -19,34 +20,21 @@ from scripts.bench.installers import (
     commit_elements,
     grouped,
 )
+from upf import fastpath
 from upf.answers import Element
-from upf.config import AnchorPort, GateConfig
+from upf.config import GateConfig
 from upf.elements import Add, Delete, encode_batch
-from upf.features import probe
-from upf.gate import Gate
-from upf.netns import Namespace
+from upf.features import Features
+from upf.flows import LeaseElements
 from upf.readback import read_element
 
 UE = "10.45.0.1", "fd00:45::1"
 FIRST_SERVICE = ip_address("198.18.0.1"), ip_address("fd00:a151::1")
 ONE_HOUR_NS = 3600 * 1_000_000_000
-CONFIG = GateConfig(
-    n3_interfaces=("n3",),
-    anchors=tuple(
-        AnchorPort(
-            name=f"edge{number}",
-            interface=f"n6-{number}",
-            address4=ip_address(f"10.99.{number}.1"),  # type: ignore[arg-type]
-            address6=ip_address(f"fd00:99:{number}::1"),  # type: ignore[arg-type]
-        )
-        for number in (1, 2)
-    ),
-    attachments=(),
-    qos_classes={"bench": 0x0001_0010},
-)
+ANCHORS = 2
 
 
-def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 1) -> Binding:
+def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: int = 0) -> Binding:
     """Return the binding of lease `number`, an hour long."""
     flows = tuple(
         Flow(ip_address(UE[version == 6]), FIRST_SERVICE[version == 6] + number)
@@ -56,19 +44,28 @@ def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: i
         lease_id=f"bench-{number:08d}",
         epoch=epoch,
         flows=flows,
-        anchor=f"edge{anchor}",
-        qos_profile="bench",
+        anchor=edge(anchor),
+        qos_profile=QOS_PROFILE,
         expires_ns=time.monotonic_ns() + ONE_HOUR_NS,
     )
+
+
+def config() -> GateConfig:
+    """Return the gate's configuration, as the chain has it."""
+    return gate_config(ANCHORS, map(ip_address, UE))
 
 
 class LeaseMeasurements:
     """One namespace with the gate's table, `live` other leases, and every way to add one more."""
 
-    def __init__(self, live: int, batch_leases: int, undo: ExitStack) -> None:
-        namespace = undo.enter_context(Namespace())
-        self.gate = Gate(namespace.path, CONFIG, in_place_renewal=probe().in_place_renewal)
-        undo.callback(self.gate.close)
+    def __init__(self, live: int, batch_leases: int, features: Features, undo: ExitStack) -> None:
+        chain = Chain(leases=1, anchors=ANCHORS, features=features)
+        undo.callback(chain.close)
+        assert chain.gate is not None
+        self.gate, namespace = chain.gate, chain.upf
+        ports = fastpath.ports(namespace.path, config()) if features.netdev_forward else None
+        self._lease_elements = LeaseElements(config(), ports)
+        self.elements_per_commit = len(self._elements(0))
         self.packed = PackedInstaller(namespace.path)
         self.installers: dict[str, Installer] = {
             "packed": self.packed,
@@ -81,8 +78,7 @@ class LeaseMeasurements:
             undo.callback(installer.close)
         self._batch_leases = batch_leases
         self._number = live
-        for number in range(live):
-            self.gate.apply([Install(binding(number, (4,)))])
+        install(self.gate, [binding(number, (4,)) for number in range(live)])
         self._check()
         self._apart = GateApart(namespace.path, undo)
 
@@ -103,6 +99,7 @@ class LeaseMeasurements:
     def slow_measurements(self) -> dict[str, Callable[[], dict[str, float]]]:
         """Return those that take many milliseconds."""
         found: dict[str, Callable[[], dict[str, float]]] = {
+            "gate_batch": self._gate_batch,
             "packed_batch": lambda: self._batch("packed"),
             "pyroute2_batch": lambda: self._batch("pyroute2"),
         }
@@ -114,38 +111,38 @@ class LeaseMeasurements:
         self._number += 1
         return self._number
 
-    def _elements(self, versions: tuple[int, ...] = (4,)) -> list[Add]:
-        number = self._next()
-        return [
-            add
-            for version in versions
-            for add in commit_elements(
-                CONFIG,
-                UE[version == 6],
-                FIRST_SERVICE[version == 6] + number,
-                f"bench-{number:08d} 1",
-            )
-        ]
+    def _elements(self, number: int, versions: tuple[int, ...] = (4,)) -> list[Add]:
+        return commit_elements(self._lease_elements, binding(number, versions))
 
     def _remove(self, elements: list[Add]) -> None:
         self.packed.socket.commit([Delete(add.set_name, add.key) for add in elements])
 
     def _one(self, way: str, versions: tuple[int, ...] = (4,)) -> dict[str, float]:
-        elements = self._elements(versions)
+        elements = self._elements(self._next(), versions)
         took_ns = self.installers[way].install(elements)
         self._remove(elements)
         suffix = "_dual_stack" if len(versions) > 1 else ""
         return {f"{way}{suffix}_us": took_ns / 1e3}
 
     def _batch(self, way: str) -> dict[str, float]:
-        elements = [add for _ in range(self._batch_leases) for add in self._elements()]
+        elements = [add for _ in range(self._batch_leases) for add in self._elements(self._next())]
         in_order = [add for _, adds in grouped(elements) for add in adds]
         took_ns = self.installers[way].install(in_order)
         self._remove(elements)
         return {f"{way}_batch_us_per_element": took_ns / 1e3 / len(elements)}
 
+    def _gate_batch(self) -> dict[str, float]:
+        leases = [binding(self._next(), (4,)) for _ in range(self._batch_leases)]
+        installs: list[Operation] = [Install(lease) for lease in leases]
+        begin_ns = time.perf_counter_ns()
+        self.gate.apply(installs)
+        took_ns = time.perf_counter_ns() - begin_ns
+        self.gate.apply([Revoke(lease) for lease in leases])
+        elements = len(leases) * self.elements_per_commit
+        return {"gate_batch_us_per_element": took_ns / 1e3 / elements}
+
     def _encode(self) -> dict[str, float]:
-        elements = self._elements()
+        elements = self._elements(self._next())
         begin_ns = time.perf_counter_ns()
         encode_batch(elements, 1)
         return {"encode_us": (time.perf_counter_ns() - begin_ns) / 1e3}
@@ -169,7 +166,7 @@ class LeaseMeasurements:
 
     def _life(self) -> dict[str, float]:
         number = self._next()
-        first, moved = binding(number, (4,)), binding(number, (4,), epoch=2, anchor=2)
+        first, moved = binding(number, (4,)), binding(number, (4,), epoch=2, anchor=1)
         self.gate.apply([Install(first)])
         longer = replace(first, expires_ns=first.expires_ns + ONE_HOUR_NS)
         drain_until_ns = time.monotonic_ns() + 1_000_000_000
@@ -183,11 +180,7 @@ class LeaseMeasurements:
         """Make sure that every way, and the gate, put the same into the kernel."""
         lease = binding(self._next(), (4, 6))
         self.gate.apply([Install(lease)])
-        wanted = [
-            add
-            for flow, ue in zip(lease.flows, UE, strict=True)
-            for add in commit_elements(CONFIG, ue, flow.service, f"{lease.lease_id} 1")
-        ]
+        wanted = commit_elements(self._lease_elements, lease)
         by_gate = [self._held(add) for add in wanted]
         self.gate.apply([Revoke(lease)])
         for name, installer in self.installers.items():

@@ -27,7 +27,7 @@ IPV6_FREEBIND = 78
 DRAIN_LIMIT_NS = 20_000_000  # nothing arrived for so long: what is missing is lost
 BUFFER_BYTES = 4 << 20
 
-_MMSGHDR = np.dtype(
+MMSGHDR = np.dtype(
     {
         "names": ["name", "name_len", "iov", "iov_len"],
         "formats": ["u8", "u4", "u8", "u8"],
@@ -35,8 +35,8 @@ _MMSGHDR = np.dtype(
         "itemsize": 64,
     }
 )
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.sendmmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int]
+libc = ctypes.CDLL(None, use_errno=True)
+libc.sendmmsg.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Slice:
 
     sent: int
     received: int  # by the receiving socket
-    received_interface: int  # by the interface before it; other packets (neighbours) count too
+    received_interface: int  # by the interfaces before it; other packets (neighbours) count too
     elapsed_ns: int  # from the first packet sent to the last one received
 
     @property
@@ -66,22 +66,22 @@ class Load:
         self,
         sender: Namespace,
         receiver: Namespace,
-        interface: str,
+        interfaces: Sequence[str],
         sources: Sequence[Address],
         destinations: Sequence[Address],
         payload_bytes: int,
     ) -> None:
         """Prepare packets from every source to every destination, in turn."""
-        self._senders = sender.run(lambda: [_bound(source) for source in sources])
+        self._senders = sender.run(lambda: [bound(source) for source in sources])
         self._receiver = receiver.run(lambda: _counting(sources[0].version))
         self._links = receiver.links()
-        self._index = self._links.link_lookup(ifname=interface)[0]
+        self._indices = [self._links.link_lookup(ifname=name)[0] for name in interfaces]
         self._payload = np.zeros(payload_bytes, np.uint8)
         self._iov = np.array([self._payload.ctypes.data, payload_bytes], np.uint64)
         port = self._receiver.getsockname()[1]
-        self._names = np.stack([_sockaddr(address, port) for address in destinations])
+        self._names = np.stack([sockaddr(address, port) for address in destinations])
         order = np.arange(-(-len(destinations) // BATCH_PACKETS) * BATCH_PACKETS)
-        self._headers = np.zeros(order.size, _MMSGHDR)
+        self._headers = np.zeros(order.size, MMSGHDR)
         self._headers["name"] = (
             self._names.ctypes.data + order % len(destinations) * self._names.strides[0]
         )
@@ -89,16 +89,16 @@ class Load:
         self._headers["iov"] = self._iov.ctypes.data
         self._headers["iov_len"] = 1
         first = self._headers.ctypes.data
-        chunks = range(first, first + self._headers.nbytes, BATCH_PACKETS * _MMSGHDR.itemsize)
-        self._turns = itertools.cycle(
-            [(sock.fileno(), chunk) for sock in self._senders for chunk in chunks]
-        )
+        chunks = range(first, first + self._headers.nbytes, BATCH_PACKETS * MMSGHDR.itemsize)
+        turns = [(sock.fileno(), chunk) for sock in self._senders for chunk in chunks]
+        self.packets_of_all_turns = len(turns) * BATCH_PACKETS
+        self._turns = itertools.cycle(turns)
 
     def run(self, duration_ns: int) -> Slice:
         """Send for this long, then wait for what is under way."""
         sent, received = 0, self._received()
         at_interface = self._received_interface()
-        turns, send, clock = self._turns, _libc.sendmmsg, time.perf_counter_ns
+        turns, send, clock = self._turns, libc.sendmmsg, time.perf_counter_ns
         begin = clock()
         end = begin + duration_ns
         while clock() < end:
@@ -125,15 +125,16 @@ class Load:
         return dropped_by_socket(self._receiver)
 
     def _received_interface(self) -> int:
-        link = self._links.get_links(self._index)[0]
-        return int(link.get_attr("IFLA_STATS64")["rx_packets"])
+        links = self._links.get_links(*self._indices)
+        return sum(int(link.get_attr("IFLA_STATS64")["rx_packets"]) for link in links)
 
 
 def _family(version: int) -> socket.AddressFamily:
     return socket.AF_INET if version == 4 else socket.AF_INET6
 
 
-def _bound(address: Address) -> socket.socket:
+def bound(address: Address) -> socket.socket:
+    """Open a socket that sends from an address."""
     sock = socket.socket(_family(address.version), socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     if address.version == 6:  # a prefix that is local by its route is bound to freely in IPv4 only
@@ -154,7 +155,7 @@ def _counting(version: int) -> socket.socket:
     return sock
 
 
-def _sockaddr(address: Address, port: int) -> NDArray[np.uint8]:
+def sockaddr(address: Address, port: int) -> NDArray[np.uint8]:
     """Return struct sockaddr_in or sockaddr_in6."""
     family = _family(address.version).to_bytes(2, "little") + port.to_bytes(2, "big")
     middle, end = (b"", bytes(8)) if address.version == 4 else (bytes(4), bytes(4))
