@@ -49,19 +49,20 @@ def continuity_verdict(summary: dict[str, Any]) -> list[Finding]:
         text = (
             f"{row['failed']:,} of {row['requests']:,} requests failed in {where} "
             f"({row['reset']:,} by a reset or an early close; {row['crossing']:,} were under way "
-            f"at the flip); tokens: {row['tokens_lost']:,} lost, {row['tokens_repeated']:,} repeated, "
-            f"{row['tokens_reordered']:,} reordered of {row['tokens']:,}; longest stall "
-            f"{number(row['longest_stall_ms']['max'])} ms."
+            f"at the flip). Of {row['tokens']:,} tokens {row['tokens_lost']:,} were lost, "
+            f"{row['tokens_repeated']:,} repeated, {row['tokens_reordered']:,} reordered; longest "
+            f"stall {number(row['longest_stall_ms']['max'])} ms."
         )
         sound = not row["failed"] and not tokens
         tone = "plain" if arm in (CONTROL_ARM, NEGATIVE_CONTROL_ARM) else "good" if sound else "bad"
         findings.append(Finding(tone, arm, text))  # type: ignore[arg-type]
     if drain := summary["arms"].get("drain"):
         moved = drain[ALL]["moved_after_ms"]
+        p50, p99, most = (number(moved[name]) for name in ("p50", "p99", "max"))
         text = (
-            f"The last stream from the old anchor ended {number(moved['p50'])} ms after the flip "
-            f"in the median, {number(moved['p99'])} ms at the 99th percentile, {number(moved['max'])} "
-            "ms at most: no drain deadline below that lets every client move by itself."
+            f"The last stream from the old anchor ended {p50} ms after the flip in the median, "
+            f"{p99} ms at the 99th percentile, {most} ms at most: no drain deadline below that "
+            "lets every client move by itself."
         )
         findings.append(Finding("plain", "moved", text))
     return findings + [Finding("doubt", "control", f"{each}.") for each in summary["problems"]]

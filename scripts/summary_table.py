@@ -26,12 +26,13 @@ def _continuity(summary: dict[str, Any]) -> Table:
         title="What clients saw of a relocation",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="stall: the longest between two tokens, beyond their spacing. moved: from the flip "
-        "to the end of the last stream from the old anchor, median and most.",
+        caption="rst: requests ended by a reset or an early close. stall: the longest between two "
+        "tokens, beyond their spacing, ms. moved: from the flip to the end of the last stream from "
+        "the old anchor, ms, median and most.",
     )
     table.add_column("arm", no_wrap=True)
     table.add_column("client", no_wrap=True)
-    for name in ("of", "requests", "failed", "resets", "lost", "rep.", "stall ms", "moved ms"):
+    for name in ("of", "req.", "fail", "rst", "lost", "rep.", "stall", "moved"):
         table.add_column(name, justify="right", no_wrap=True)
     for arm, clients in summary["arms"].items():
         for client, row in clients.items():

@@ -245,9 +245,9 @@ def _with_episodes(options: dict[str, Any], known: Sequence[str]) -> dict[str, A
 def continuity(**options: Any) -> None:
     """Move clients that read token streams; count what breaks.
 
-    curl, httpx (both over HTTP/1.1 and HTTP/2) and the openai library read streams over connections
-    that they keep, while their session is relocated. They bring one token throughout and know of
-    nothing. Every token is numbered.
+    curl (HTTP/1.1), libcurl (HTTP/2), httpx (both) and the openai library read streams over
+    connections that they keep, while their session is relocated. They bring one token throughout
+    and know of nothing. Every token is numbered.
 
     \b
       aipaging run continuity --relocations 100 --out results/c

@@ -26,9 +26,10 @@ from topologies.hosts import Ue
 
 ARMS = ("none", "drain", "bbm")
 LEAD_S = (0.25, 0.65)  # an episode's relocation begins somewhere in here
-START_S = 3.0  # how long an episode takes at most, roughly, beside its streams
+EPISODE_S = 5.0  # what an episode takes beside its streams, at most, in the long run
+SLACK_S = 60
 TOKEN_INTERVAL_MS = 20  # of the anchors
-NEEDS = ("httpx", "h2", "httpx2", "openai")
+NEEDS = ("h2", "httpx2", "openai", "pycurl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,7 @@ class _Run:
         streams_s = options.requests * options.tokens * TOKEN_INTERVAL_MS / 1000
         ues = testbed.network.ues[: options.relocations]
         for ue in ues:
-            self._start(ue, len(schedule) * (streams_s + START_S))
+            self._start(ue, len(schedule) * (streams_s + EPISODE_S) + SLACK_S)
         episodes = []
         with common.progress() as bar:
             bar_task = bar.add_task("relocating", total=len(schedule))
