@@ -25,7 +25,7 @@ from scripts.testbed import Testbed
 from topologies.hosts import Ue
 
 ARMS = ("none", "drain", "bbm")
-LEAD_S = (0.25, 0.65)  # an episode's relocation begins somewhere in here
+LEAD_S = (0.0, 0.4)  # an episode's relocation begins so long after all clients read
 EPISODE_S = 5.0  # what an episode takes beside its streams, at most, in the long run
 SLACK_S = 60
 TOKEN_INTERVAL_MS = 20  # of the anchors
@@ -78,8 +78,9 @@ class _Clients:
         self._hear()
 
     def begin(self) -> None:
-        """Let the clients begin a round."""
+        """Let the clients begin a round; return when each of them reads."""
         self._say("")
+        self._hear()
 
     def outcomes(self) -> list[dict[str, Any]]:
         """Return what became of the round's requests, when the last is over."""

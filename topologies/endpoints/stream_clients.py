@@ -2,10 +2,11 @@
 
     python -m topologies.endpoints.stream_clients < settings-and-rounds.jsonl
 
-The first line of input is `Settings`; each further line names a round: every client starts afresh,
-makes its requests over a connection that it keeps, and reads them to their end. For each round one
-line comes out: a list of `Outcome`s. Nothing is retried but what the client retries by itself, and
-the clients that could (openai) are told not to.
+The first line of input is `Settings`; each further line asks for a round: every client starts
+afresh, makes its requests over a connection that it keeps, and reads them to their end. For each
+round two lines come out: one when every client has begun to read, and a list of `Outcome`s.
+Nothing is retried but what the client retries by itself, and the one that would retry what HTTP
+does not say is safe (openai) is told not to.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -24,6 +26,7 @@ from pydantic import BaseModel
 
 from topologies.endpoints.chat import ANCHOR_HEADER, DONE, token_number
 
+POLL_S = 0.005  # for whether all clients have begun
 SILENCE_S = 1.0  # after which a client gives a request up
 _CURL_MARK = "#curl "
 _CURL_FORMAT = (
@@ -85,15 +88,15 @@ def body(settings: Settings) -> dict[str, Any]:
     }
 
 
-async def one_after_another(name: str, settings: Settings, read: Read) -> list[Outcome]:
+async def one_after_another(
+    name: str, settings: Settings, outcomes: list[Outcome], read: Read
+) -> None:
     """Make a client's requests by `read`, which fills in an outcome."""
-    outcomes = []
     for number in range(settings.requests):
         outcome = Outcome(client=name, request=number, started_ns=time.time_ns())
         outcomes.append(outcome)
         await read(outcome)
         outcome.ended_ns = time.time_ns()
-    return outcomes
 
 
 def _describe(outcome: Outcome, response: Any) -> None:
@@ -115,7 +118,7 @@ def _ending(error: BaseException | None) -> str:
     return "failed"
 
 
-async def by_httpx(settings: Settings, *, http2: bool) -> list[Outcome]:
+async def by_httpx(settings: Settings, outcomes: list[Outcome], *, http2: bool) -> None:
     """Read by httpx."""
     headers = {"authorization": f"Bearer {settings.token}"}
     async with httpx.AsyncClient(
@@ -142,10 +145,10 @@ async def by_httpx(settings: Settings, *, http2: bool) -> list[Outcome]:
             except (httpx.HTTPError, ValueError) as error:
                 outcome.failed(_ending(error), error)
 
-        return await one_after_another(f"httpx-http{1 + http2}", settings, read)
+        await one_after_another(f"httpx-http{1 + http2}", settings, outcomes, read)
 
 
-async def by_openai(settings: Settings) -> list[Outcome]:
+async def by_openai(settings: Settings, outcomes: list[Outcome]) -> None:
     """Read by the openai library."""
     async with AsyncOpenAI(
         base_url=f"{settings.url}/v1", api_key=settings.token, max_retries=0, timeout=SILENCE_S
@@ -175,10 +178,10 @@ async def by_openai(settings: Settings) -> list[Outcome]:
             except (httpx2.HTTPError, ValueError) as error:
                 outcome.failed(_ending(error), error)
 
-        return await one_after_another("openai", settings, read)
+        await one_after_another("openai", settings, outcomes, read)
 
 
-async def by_curl(settings: Settings) -> list[Outcome]:
+async def by_curl(settings: Settings, outcomes: list[Outcome]) -> None:
     """Read by one curl, which is given all URLs at once, over HTTP/1.1.
 
     For HTTP/2 with prior knowledge see `by_libcurl`: curl 7.88 (Debian 12) fails at the second
@@ -201,8 +204,8 @@ async def by_curl(settings: Settings) -> list[Outcome]:
     lines = "".join(f"{name} = {json.dumps(value)}\n" for name, value in config.items())
     program.stdin.write(lines.encode())
     program.stdin.close()
-    outcomes: list[Outcome] = []
     outcome = Outcome(client="curl-http1", request=0, started_ns=time.time_ns())
+    outcomes.append(outcome)
     async for line in _lines(program):
         if not line.startswith(_CURL_MARK):
             outcome.token(token_number(line))
@@ -217,10 +220,11 @@ async def by_curl(settings: Settings) -> list[Outcome]:
             outcome.failed(_CURL_ENDINGS.get(said["exit"], "failed"), f"curl: {said['exit']}")
         elif outcome.status != 200:
             outcome.failed("refused", said["status"])
-        outcomes.append(outcome)
-        outcome = Outcome(client="curl-http1", request=len(outcomes), started_ns=outcome.ended_ns)
+        number = outcome.request + 1
+        if number < settings.requests:
+            outcome = Outcome(client="curl-http1", request=number, started_ns=outcome.ended_ns)
+            outcomes.append(outcome)
     await program.wait()
-    return outcomes
 
 
 async def _lines(program: asyncio.subprocess.Process) -> AsyncIterator[str]:
@@ -229,7 +233,7 @@ async def _lines(program: asyncio.subprocess.Process) -> AsyncIterator[str]:
         yield line.decode().rstrip("\n")
 
 
-async def by_libcurl(settings: Settings) -> list[Outcome]:
+async def by_libcurl(settings: Settings, outcomes: list[Outcome]) -> None:
     """Read by libcurl, over HTTP/2: one handle, which keeps its connection."""
     handle = pycurl.Curl()
     handle.setopt(pycurl.URL, f"{settings.url}/v1/chat/completions")
@@ -277,31 +281,39 @@ async def by_libcurl(settings: Settings) -> list[Outcome]:
             outcome.failed("refused", outcome.status)
 
     try:
-        return await one_after_another("libcurl-http2", settings, read)
+        await one_after_another("libcurl-http2", settings, outcomes, read)
     finally:
         handle.close()
 
 
-CLIENTS: dict[str, Callable[[Settings], Awaitable[list[Outcome]]]] = {
+CLIENTS: dict[str, Callable[[Settings, list[Outcome]], Awaitable[None]]] = {
     "curl-http1": by_curl,
     "libcurl-http2": by_libcurl,
-    "httpx-http1": lambda settings: by_httpx(settings, http2=False),
-    "httpx-http2": lambda settings: by_httpx(settings, http2=True),
+    "httpx-http1": partial(by_httpx, http2=False),
+    "httpx-http2": partial(by_httpx, http2=True),
     "openai": by_openai,
 }
+
+
+async def one_round(settings: Settings) -> list[Outcome]:
+    """Let all clients make their requests; say when each of them has had a token."""
+    outcomes: list[Outcome] = []
+    working = asyncio.gather(*(client(settings, outcomes) for client in CLIENTS.values()))
+    while len({each.client for each in outcomes if each.tokens or each.ended_ns}) < len(CLIENTS):
+        await asyncio.wait([working], timeout=POLL_S)
+        if working.done():
+            break
+    print(json.dumps("begun"), flush=True)
+    await working
+    return outcomes
 
 
 def main() -> None:
     """Run rounds until the input ends."""
     settings = Settings.model_validate_json(sys.stdin.readline())
-    print(json.dumps(list(CLIENTS)), flush=True)
-
-    async def all_clients() -> list[Outcome]:
-        outcomes = await asyncio.gather(*(client(settings) for client in CLIENTS.values()))
-        return [outcome for of_one in outcomes for outcome in of_one]
-
+    print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
-        outcomes = asyncio.run(all_clients())
+        outcomes = asyncio.run(one_round(settings))
         print(json.dumps([asdict(outcome) for outcome in outcomes]), flush=True)
 
 
