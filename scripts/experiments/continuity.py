@@ -161,7 +161,7 @@ class _Run:
     def _episode(self, number: int, arm: str, ue: str) -> Episode:
         options = self._options
         source = target = self._at[ue]
-        instants: dict[str, int] = {}
+        instants: dict[str, Any] = {}
         start_ns = time.time_ns()
         self._clients[ue].begin()
         if arm != "none":
