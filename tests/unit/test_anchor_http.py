@@ -46,7 +46,7 @@ def test_what_is_no_request_is_refused(wrong: bytes) -> None:
     with_anchor(body)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.sampled_from([b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]), st.binary(max_size=99))
 def test_any_bytes_do_no_harm(preface: bytes, rest: bytes) -> None:
     async def body(anchor: Anchor) -> None:
