@@ -45,9 +45,9 @@ def continuity_verdict(summary: dict[str, Any]) -> list[Finding]:
     for arm, figures in summary["arms"].items():
         row = figures[ALL]
         tokens = row["tokens_lost"] + row["tokens_repeated"] + row["tokens_reordered"]
-        where = f"{row['relocations']:,} relocations" if row["relocations"] else "no relocation"
+        where = f"in {row['relocations']:,} relocations" if row["relocations"] else "undisturbed"
         text = (
-            f"{row['failed']:,} of {row['requests']:,} requests failed in {where} "
+            f"{row['failed']:,} of {row['requests']:,} requests failed {where} "
             f"({row['reset']:,} by a reset or an early close; {row['crossing']:,} were under way "
             f"at the flip). Of {row['tokens']:,} tokens {row['tokens_lost']:,} were lost, "
             f"{row['tokens_repeated']:,} repeated, {row['tokens_reordered']:,} reordered; longest "
