@@ -64,7 +64,7 @@ def continuity_summary(results: ResultFolder) -> dict[str, Any]:
     for arm in ARMS:
         mine = [stream for stream in streams if stream.episode.arm == arm]
         if mine:
-            clients = dict.fromkeys(stream.request.client for stream in mine)
+            clients = sorted({stream.request.client for stream in mine})
             arms[arm] = {
                 client: _figures([each for each in mine if each.request.client == client])
                 for client in clients

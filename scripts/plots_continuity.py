@@ -12,7 +12,7 @@ _AT = {"source": arm_colour("none", ()), "target": arm_colour("mbb", ())}
 
 def moved(path: Path, streams: list[Stream]) -> None:
     """How long after the flip a client's last stream from the old anchor ended, a client a line."""
-    clients = list(dict.fromkeys(stream.request.client for stream in streams))
+    clients = sorted({stream.request.client for stream in streams})
     with drawing(path, 9.6, 3.0) as figure:
         place = figure.subplots()
         for order, client in enumerate(clients):
@@ -25,7 +25,7 @@ def moved(path: Path, streams: list[Stream]) -> None:
 
 def timeline(path: Path, streams: list[Stream]) -> None:
     """The streams of one episode: a client a row, a token a stroke, its colour the anchor's."""
-    clients = list(dict.fromkeys(stream.request.client for stream in streams))
+    clients = sorted({stream.request.client for stream in streams})
     episode = streams[0].episode
     zero_ns = episode.kernel_ack_ns or episode.start_ns
     with drawing(path, 9.6, 0.6 + 0.45 * len(clients)) as figure:
