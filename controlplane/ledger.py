@@ -157,6 +157,10 @@ class Ledger:
         """Return a session's leases, oldest first."""
         return [self._leases[lease_id] for lease_id in session.lease_ids]
 
+    def leases_beside(self, lease_id: str) -> list[Lease]:
+        """Return the leases of a lease's session, itself among them, oldest first. KeyError."""
+        return self.leases_of(self._sessions[self._leases[lease_id].terms.session_id])
+
     def in_state(self, session: Session, state: State) -> list[Lease]:
         """Return a session's leases in a state, oldest first."""
         return [lease for lease in self.leases_of(session) if lease.state is state]

@@ -123,7 +123,7 @@ class Service:
             catalogue.anchors, network.attachment_points, budget_ms=options.failure_detection_ms
         )
         self._ledger = Ledger(fleet, Pools(fleet.anchors, network.cells))
-        self._revocations = Revocations(clock, self._ledger.lease)
+        self._revocations = Revocations(clock, self._ledger.leases_beside)
         for entry in self._log.replay():
             self._ledger.fold(entry.event, clock.from_unix_ns(entry.at_ns))
             self._revocations.observe(entry.event)

@@ -48,8 +48,7 @@ class Reason(StrEnum):
     ISSUER = "issuer"
     NOT_YET_VALID = "not_yet_valid"
     EXPIRED = "expired"
-    ENDED = "ended"  # its lease has ended
-    SUPERSEDED = "superseded"  # by a lease with a higher epoch
+    REVOKED = "revoked"  # its session has ended, or has left this anchor
     AUDIENCE = "audience"  # it is for another AISI
     SOURCE = "source"  # it was sent from an address of somebody else
     SCOPE = "scope"  # it is for another task
@@ -178,37 +177,48 @@ def digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-_Revoked = tuple[str, ...]  # ("lease", id) or ("epoch", sub, aud)
+_Session = tuple[str, str]  # `sub` and `aud`: a UE has one session with a service at a time
+
+
+@dataclass(frozen=True, slots=True)
+class _Revoked:
+    """Tokens with an epoch below `floor` are void, and from `then_unix_s` on those below `then`."""
+
+    floor: int
+    then: int
+    then_unix_s: float
+    exp: float
+
+    def at(self, now_unix_s: float) -> int:
+        return self.then if now_unix_s >= self.then_unix_s else self.floor
 
 
 class _Revocations:
     """What was revoked, each until the last token that it concerns has expired by itself."""
 
     def __init__(self) -> None:
-        self._held: dict[_Revoked, tuple[int, float]] = {}  # epoch, exp
-        self._ends: list[tuple[float, _Revoked]] = []  # heap
+        self._held: dict[_Session, _Revoked] = {}
+        self._ends: list[tuple[float, _Session]] = []  # heap
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, revoked: _Revoked, epoch: int, exp: float) -> None:
-        held_epoch, held_exp = self._held.get(revoked, (0, -1.0))
-        self._held[revoked] = (max(epoch, held_epoch), max(exp, held_exp))
-        if exp > held_exp:  # heartbeats may repeat themselves
-            heapq.heappush(self._ends, (exp, revoked))
+    def add(self, session: _Session, epoch: int, nbf: float, exp: float, now: float) -> None:
+        held = self._held.get(session, _Revoked(0, 0, 0, -1.0))
+        self._held[session] = _Revoked(held.at(now), epoch, nbf, max(exp, held.exp))
+        if exp > held.exp:  # heartbeats may repeat themselves
+            heapq.heappush(self._ends, (exp, session))
 
     def forget(self, now_unix_s: float) -> None:
         while self._ends and self._ends[0][0] <= now_unix_s:
-            _, revoked = heapq.heappop(self._ends)
-            if revoked in self._held and self._held[revoked][1] <= now_unix_s:
-                del self._held[revoked]
+            _, session = heapq.heappop(self._ends)
+            if session in self._held and self._held[session].exp <= now_unix_s:
+                del self._held[session]
 
-    def check(self, claims: Claims) -> None:
-        if ("lease", claims.lease_id) in self._held:
-            raise TokenError(Reason.ENDED, "its lease has ended")
-        floor, _ = self._held.get(("epoch", claims.ue, claims.aisi), (0, 0))
-        if claims.epoch < floor:
-            raise TokenError(Reason.SUPERSEDED, "a newer lease has taken its place")
+    def check(self, claims: Claims, now_unix_s: float) -> None:
+        held = self._held.get((claims.ue, claims.aisi))
+        if held is not None and claims.epoch < held.at(now_unix_s):
+            raise TokenError(Reason.REVOKED, "its session has ended, or is not here any more")
 
 
 class Verifier:
@@ -241,7 +251,7 @@ class Verifier:
             raise TokenError(Reason.NOT_YET_VALID, "not valid yet")
         if claims.expires_unix_s <= now:
             raise TokenError(Reason.EXPIRED, "expired")
-        self._revocations.check(claims)
+        self._revocations.check(claims, now)
         if claims.aisi not in ((aisi,) if isinstance(aisi, str) else aisi):
             raise TokenError(Reason.AUDIENCE, "for another service")
         if _address(source_address) not in claims.addresses:
@@ -259,11 +269,12 @@ class Verifier:
     ) -> None:
         """Take in what the issuer says. ValueError, and no change, if it cannot be understood.
 
-        `jwks` replaces the keys. A revocation is `{"lease", "exp"}`: this lease has ended; or
-        `{"sub", "aud", "epoch", "exp"}`: of this UE's tokens for this AISI, those of a smaller
-        epoch are void. It is added to those known, and forgotten at `exp` (Unix s), when the last
+        `jwks` replaces the keys. A revocation is `{"sub", "aud", "epoch", "exp"}`: of this UE's
+        tokens for this AISI, those of a smaller epoch are void; with `nbf` (Unix s): from then on.
+        The latest for a UE and an AISI counts. It is forgotten at `exp` (Unix s), when the last
         token that it concerns will have expired.
         """
+        now = time.time() if now_unix_s is None else now_unix_s
         try:
             added = [_revocation(revocation) for revocation in revocations]
         except TokenError as error:
@@ -271,9 +282,9 @@ class Verifier:
         if jwks is not None:
             self._keys = public_keys(jwks)
             self._recent.clear()
-        for revoked, epoch, exp in added:
-            self._revocations.add(revoked, epoch, exp)
-        self._revocations.forget(time.time() if now_unix_s is None else now_unix_s)
+        for session, epoch, nbf, exp in added:
+            self._revocations.add(session, epoch, nbf, exp, now)
+        self._revocations.forget(now)
 
     def _verified(self, token: str) -> Claims:
         name = digest(token) if isinstance(token, str) else b""
@@ -312,13 +323,12 @@ def _epoch(claims: Mapping[str, object]) -> int:
     return value
 
 
-def _revocation(entry: Mapping[str, object]) -> tuple[_Revoked, int, float]:
+def _revocation(entry: Mapping[str, object]) -> tuple[_Session, int, float, float]:
     if not isinstance(entry, Mapping):
         raise TokenError(Reason.MALFORMED, "not an object")
-    exp = numeric_date(entry, "exp")
-    if "lease" in entry:
-        return ("lease", text(entry, "lease")), 0, exp
-    return ("epoch", text(entry, "sub"), text(entry, "aud")), _epoch(entry), exp
+    nbf = numeric_date(entry, "nbf") if "nbf" in entry else 0
+    session = text(entry, "sub"), text(entry, "aud")
+    return session, _epoch(entry), nbf, numeric_date(entry, "exp")
 
 
 def _address(address: object) -> Address | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.analysis_continuity import continuity_summary
 from scripts.analysis_expiry import expiry_summary
 from scripts.analysis_relocation import relocation_summary
 from scripts.interruption import Trace, build_trace
@@ -23,24 +24,24 @@ SCHEMA_VERSION = 1
 def analyse(folder: Path) -> dict[str, Any]:
     """Analyse a result folder; writes `summary.json` there and returns what it holds."""
     results = ResultFolder(folder)
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": results.experiment,
+        "seed": results.seed,
+    }
     match results.experiment:
         case "relocation" | "handover":
             figures = relocation_summary(results, build_traces(results))
         case "expiry":
             figures = expiry_summary(results, build_traces(results))
+        case "continuity":
+            figures = continuity_summary(results)
         case unknown:
             raise ResultFolderError(f"{folder}: no analysis for experiment {unknown!r}")
-    summary: dict[str, Any] = _null_for_nan(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "experiment": results.experiment,
-            "seed": results.seed,
-            "rate_pps": results.rate_pps,
-            "waiting_time_ms": results.waiting_time_ms,
-            **figures,
-            "probe": probe_health(results.probe()),
-        }
-    )
+    if results.flows:
+        head |= {"rate_pps": results.rate_pps, "waiting_time_ms": results.waiting_time_ms}
+        figures["probe"] = probe_health(results.probe())
+    summary: dict[str, Any] = _null_for_nan({**head, **figures})
     write_json(folder / SUMMARY_FILE, summary)
     return summary
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from scripts.errors import EXIT_FAILED
 from upf.features import Features, probe
 
-PACKAGES = ("mininet", "pyroute2", "pyarrow", "numpy", "cryptography", "starlette", "uvicorn")
+PACKAGES = ("mininet", "pyroute2", "pyarrow", "numpy", "cryptography", "starlette", "h2")
 GOOD_CLOCKS = ("tsc", "kvm-clock", "arch_sys_counter", "hyperv_clocksource_tsc_page")
 CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 CLOCK_MONOTONIC_COARSE = 6  # linux/time.h; its resolution is one tick

@@ -38,9 +38,12 @@ def build(
     catalogue: Catalogue,
     features: Features,
     network: Network,
-    plan: ProbePlan,
+    plan: ProbePlan | None,
 ) -> dict[str, Any]:
-    """Describe a run: the scenario as given and as resolved, and the machine it ran on."""
+    """Describe a run: the scenario as given and as resolved, and the machine it ran on.
+
+    `plan`: of the probes, if there are any.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "experiment": experiment,
@@ -49,11 +52,7 @@ def build(
         "options": options,
         "topology": spec.model_dump(mode="json"),
         "catalogue": catalogue.model_dump(mode="json"),
-        "rate_pps": plan.rate_pps,
-        "payload_bytes": plan.payload_bytes,
-        "waiting_time_ms": plan.waiting_time_ms,
-        "sites": [asdict(site) for site in plan.sites],
-        "flows": [asdict(flow) for flow in plan.flows],
+        **({} if plan is None else _probes(plan)),
         "clock": "all namespaces share one kernel and one CLOCK_REALTIME",
         "network": network.readback,
         "link_delays": network.measure_delays(),
@@ -61,6 +60,16 @@ def build(
         "machine": machine(),
         "features": features.to_json(),
         "sysctls": sysctls(),
+    }
+
+
+def _probes(plan: ProbePlan) -> dict[str, Any]:
+    return {
+        "rate_pps": plan.rate_pps,
+        "payload_bytes": plan.payload_bytes,
+        "waiting_time_ms": plan.waiting_time_ms,
+        "sites": [asdict(site) for site in plan.sites],
+        "flows": [asdict(flow) for flow in plan.flows],
     }
 
 

@@ -79,7 +79,7 @@ def outages(
                 mine = [episode for episode in episodes if episode.arm == arm]
                 samples = samples_of(results, traces, mine, direction)
                 values = [sample.figures.gap_outage_ms for sample in samples]
-                _ecdf(place, values, arm, arm_colour(arm, arms), order)
+                ecdf(place, values, arm, arm_colour(arm, arms), order)
             place.set_title(direction)
             place.set_xlabel("outage per relocation, ms")
         widest = max(place.get_xlim()[1] for place in axes)
@@ -102,7 +102,7 @@ def relocation_times(path: Path, episodes: list[Episode], summary: dict[str, Any
                 for episode in episodes
                 if episode.arm == arm and episode.request_ns and episode.answered_ns
             ]
-            _ecdf(left, values, arm, arm_colour(arm, everyone), order)
+            ecdf(left, values, arm, arm_colour(arm, everyone), order)
             begin = 0.0
             phases = summary["arms"][arm]["relocation_ms"]["phases_ms"]
             for phase, shade in shades.items():
@@ -186,7 +186,8 @@ def _row(figure: Figure, count: int, share_y: bool = True) -> list[Axes]:
     return list(grid[0])
 
 
-def _ecdf(place: Axes, values: Sequence[float], label: str, colour: str, order: int) -> None:
+def ecdf(place: Axes, values: Sequence[float], label: str, colour: str, order: int) -> None:
+    """Draw a sample's distribution as a line; `order` tells lines on top of each other apart."""
     ordered = np.sort(np.asarray(values, float))
     if not ordered.size:
         return

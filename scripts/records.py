@@ -23,9 +23,12 @@ from topologies.endpoints.probe_records import (
 MANIFEST_FILE = "manifest.json"
 EPISODES_FILE = "episodes.parquet"
 LEASES_FILE = "leases.parquet"
+STREAMS_FILE = "streams.parquet"
+TOKENS_FILE = "tokens.parquet"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
+WITHOUT_PROBES = ("continuity",)  # experiments
 
 Columns = dict[str, NDArray[Any]]
 
@@ -82,6 +85,40 @@ class Lease:
     killed_ns: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRequest:
+    """One request for a token stream, as its client saw it. Instants: CLOCK_REALTIME ns."""
+
+    episode: int
+    client: str
+    request: int
+    """Within the episode."""
+    started_ns: int
+    ended_ns: int
+    status: int
+    anchor: str
+    """Which answered."""
+    http_version: str
+    local_port: int
+    """Of the connection."""
+    complete: bool
+    ending: str
+    """What the client saw at the end if that was no good one: timeout, reset, closed, refused or
+    failed."""
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of a stream, when its client had it (CLOCK_REALTIME ns, in user space)."""
+
+    episode: int
+    client: str
+    request: int
+    number: int
+    at_ns: int
+
+
 _NS, _TEXT = pa.int64(), pa.string()
 EPISODES_SCHEMA = pa.schema(
     [("episode", pa.int32())]
@@ -116,6 +153,24 @@ LEASES_SCHEMA = pa.schema(
 )
 
 
+_STREAM_KEY = [("episode", pa.int32()), ("client", _TEXT), ("request", pa.int32())]
+STREAMS_SCHEMA = pa.schema(
+    [
+        *_STREAM_KEY,
+        ("started_ns", _NS),
+        ("ended_ns", _NS),
+        ("status", pa.int32()),
+        ("anchor", _TEXT),
+        ("http_version", _TEXT),
+        ("local_port", pa.int32()),
+        ("complete", pa.bool_()),
+        ("ending", _TEXT),
+        ("error", _TEXT),
+    ]
+)
+TOKENS_SCHEMA = pa.schema([*_STREAM_KEY, ("number", pa.int32()), ("at_ns", _NS)])
+
+
 def write_episodes(folder: Path, episodes: Sequence[Episode]) -> None:
     """Write `episodes.parquet`."""
     table = pa.Table.from_pylist([asdict(episode) for episode in episodes], EPISODES_SCHEMA)
@@ -126,6 +181,14 @@ def write_leases(folder: Path, leases: Sequence[Lease]) -> None:
     """Write `leases.parquet`."""
     table = pa.Table.from_pylist([asdict(lease) for lease in leases], LEASES_SCHEMA)
     pq.write_table(table, folder / LEASES_FILE, compression="zstd")
+
+
+def write_streams(folder: Path, requests: Sequence[StreamRequest], tokens: Sequence[Token]) -> None:
+    """Write `streams.parquet` and `tokens.parquet`."""
+    table = pa.Table.from_pylist([asdict(request) for request in requests], STREAMS_SCHEMA)
+    pq.write_table(table, folder / STREAMS_FILE, compression="zstd")
+    table = pa.Table.from_pylist([asdict(token) for token in tokens], TOKENS_SCHEMA)
+    pq.write_table(table, folder / TOKENS_FILE, compression="zstd")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -151,12 +214,15 @@ class ResultFolder:
         try:
             self.experiment: str = self.manifest["experiment"]
             self.seed = int(self.manifest["seed"])
-            self.rate_pps = int(self.manifest["rate_pps"])
-            self.waiting_time_ms = int(self.manifest["waiting_time_ms"])
-            self.sites: list[str] = [site["name"] for site in self.manifest["sites"]]
+            probed = self.manifest
+            if self.experiment in WITHOUT_PROBES:
+                probed = {"rate_pps": 0, "waiting_time_ms": 0, "sites": [], "flows": []}
+            self.rate_pps = int(probed["rate_pps"])
+            self.waiting_time_ms = int(probed["waiting_time_ms"])
+            self.sites: list[str] = [site["name"] for site in probed["sites"]]
             self.flows = [
                 FlowEntry(int(flow["id"]), flow["ue"], flow["direction"])
-                for flow in self.manifest["flows"]
+                for flow in probed["flows"]
             ]
         except (KeyError, TypeError) as error:
             raise ResultFolderError(f"{path / MANIFEST_FILE}: {error!r}") from error
@@ -193,6 +259,14 @@ class ResultFolder:
     def leases(self) -> list[Lease]:
         """`leases.parquet`, in order."""
         return [Lease(**row) for row in self._table(LEASES_FILE).to_pylist()]
+
+    def streams(self) -> list[StreamRequest]:
+        """`streams.parquet`, in order."""
+        return [StreamRequest(**row) for row in self._table(STREAMS_FILE).to_pylist()]
+
+    def tokens(self) -> list[Token]:
+        """`tokens.parquet`, in order."""
+        return [Token(**row) for row in self._table(TOKENS_FILE).to_pylist()]
 
     def _columns(self, name: str) -> Columns:
         table = self._table(name)

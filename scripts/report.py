@@ -21,6 +21,7 @@ from scripts.analysis_expiry import lease_ends
 from scripts.analysis_relocation import samples_of
 from scripts.interruption import Trace
 from scripts.records import PLOTS_FOLDER, REPORT_FILE, Episode, ResultFolder
+from scripts.report_continuity import continuity_plots, continuity_verdict
 from scripts.report_words import arm_note, expiry_verdict, relocation_verdict
 from scripts.summary_table import DIRECTIONS, number
 
@@ -33,11 +34,18 @@ def build_report(folder: Path) -> Path:
     results = ResultFolder(folder)
     summary = results.summary()
     (folder / PLOTS_FOLDER).mkdir(exist_ok=True)
-    traces = build_traces(results)
-    if results.experiment == "expiry":
-        context = _expiry_page(results, traces, summary)
+    template = "report.html.j2"
+    if results.experiment == "continuity":
+        template = "report_continuity.html.j2"
+        context = _continuity_page(results, summary)
     else:
-        context = _relocation_page(results, traces, summary)
+        build = _expiry_page if results.experiment == "expiry" else _relocation_page
+        context = {
+            **build(results, build_traces(results), summary),
+            "experiment": results.experiment,
+            "health": summary["probe"],
+            "directions": [name for name in DIRECTIONS if name in _directions(results)],
+        }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -46,13 +54,8 @@ def build_report(folder: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["figure"] = number
-    page = environment.get_template("report.html.j2").render(
-        experiment=results.experiment,
-        summary=summary,
-        health=summary["probe"],
-        manifest=_manifest_rows(results.manifest),
-        directions=[name for name in DIRECTIONS if name in _directions(results)],
-        **context,
+    page = environment.get_template(template).render(
+        summary=summary, manifest=_manifest_rows(results.manifest), **context
     )
     path = folder / REPORT_FILE
     path.write_text(page)
@@ -123,6 +126,15 @@ def _expiry_page(
             }
         ],
         "svg": {"lease-ends": _inline(folder / "lease-ends.svg")},
+    }
+
+
+def _continuity_page(results: ResultFolder, summary: dict[str, Any]) -> dict[str, Any]:
+    drawn = continuity_plots(results)
+    return {
+        "title": "Continuity",
+        "verdict": continuity_verdict(summary),
+        "svg": {name: _inline(results.path / PLOTS_FOLDER / f"{name}.svg") for name in drawn},
     }
 
 

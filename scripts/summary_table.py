@@ -11,8 +11,47 @@ DIRECTIONS = ("uplink", "downlink", "roundtrip")
 
 
 def render(summary: dict[str, Any]) -> Table:
-    """The table of a relocation or expiry summary."""
-    return _expiry(summary) if summary["experiment"] == "expiry" else _relocation(summary)
+    """The table of a summary."""
+    match summary["experiment"]:
+        case "expiry":
+            return _expiry(summary)
+        case "continuity":
+            return _continuity(summary)
+        case _:
+            return _relocation(summary)
+
+
+def _continuity(summary: dict[str, Any]) -> Table:
+    table = Table(
+        title="What clients saw of a relocation",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="rst: requests ended by a reset or an early close. stall: the longest between two "
+        "tokens, beyond their spacing, ms. moved: from the flip to the end of the last stream from "
+        "the old anchor, ms, median and most.",
+    )
+    table.add_column("arm", no_wrap=True)
+    table.add_column("client", no_wrap=True)
+    for name in ("of", "req.", "fail", "rst", "lost", "rep.", "stall", "moved"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for arm, clients in summary["arms"].items():
+        for client, row in clients.items():
+            moved = row["moved_after_ms"]
+            table.add_row(
+                arm,
+                client,
+                f"{row['relocations']:,}",
+                f"{row['requests']:,}",
+                f"[bold red]{row['failed']:,}[/]" if row["failed"] else "0",
+                f"{row['reset']:,}",
+                f"[bold red]{row['tokens_lost']:,}[/]" if row["tokens_lost"] else "0",
+                f"{row['tokens_repeated']:,}",
+                number(row["longest_stall_ms"]["max"]),
+                f"{number(moved['p50'])}, {number(moved['max'])}",
+            )
+            arm = ""
+        table.add_section()
+    return table
 
 
 def _relocation(summary: dict[str, Any]) -> Table:

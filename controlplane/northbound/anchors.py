@@ -85,8 +85,10 @@ async def heartbeat(
 ) -> Response:
     """Take a heartbeat; the answer holds the tokens to refuse that are new `since` the last one.
 
-    It also says how many ms later to send the next one. Once an anchor has sent one it is watched:
-    after the failure detection budget of silence its sessions are anchored anew elsewhere.
+    One with `nbf` and `flows` is of a session that has moved away: what it has open here (pairs of
+    UE and service address) is to be drained, and is cut at `nbf`. The answer also says how many ms
+    later to send the next heartbeat. Once an anchor has sent one it is watched: after the failure
+    detection budget of silence its sessions are anchored anew elsewhere.
     """
     _may_run(caller, plane, name)
     with _fleet_errors():
@@ -99,7 +101,7 @@ async def heartbeat(
                 boot_id=body.boot_id,
             ),
         )
-    revocations, cursor = plane.revocations.since(body.since)
+    revocations, cursor = plane.revocations.since(body.since, name)
     return JSONResponse(
         {
             "revocations": revocations,

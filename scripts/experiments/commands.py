@@ -1,6 +1,6 @@
 """`aipaging run ...` and `aipaging report`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,10 @@ run = LazyGroup(
             "scripts.experiments.commands:handover",
             "Hand UEs over to another gNB, their anchor following; count what is lost.",
         ),
+        "continuity": (
+            "scripts.experiments.commands:continuity",
+            "Move clients that read token streams; count what breaks.",
+        ),
         "expiry": (
             "scripts.experiments.commands:expiry",
             "Let leases expire, the controller dead in half; count what still passes.",
@@ -32,6 +36,16 @@ run = LazyGroup(
     },
     help="Run an experiment on a network of its own; leaves a result folder with raw records, "
     "summary.json and report.html.",
+)
+
+
+_RATE = click.option(
+    "--rate",
+    "rate_pps",
+    type=click.IntRange(10, MAX_RATE_PPS),
+    default=1_000,
+    show_default=True,
+    help="Packets per second of each probe flow; 1/rate is the resolution.",
 )
 
 
@@ -55,14 +69,6 @@ def _common_options(command: Command) -> Command:
                 default="text-generation",
                 show_default=True,
                 help="What UEs ask for: a Hugging Face pipeline tag.",
-            ),
-            click.option(
-                "--rate",
-                "rate_pps",
-                type=click.IntRange(10, MAX_RATE_PPS),
-                default=1_000,
-                show_default=True,
-                help="Packets per second of each probe flow; 1/rate is the resolution.",
             ),
             click.option(
                 "--ues",
@@ -127,6 +133,7 @@ def _episode_options(command: Command) -> Command:
 
 @click.command()
 @_common_options
+@_RATE
 @_episode_options
 def relocation(**options: Any) -> None:
     """Move live traffic between two anchors; count what is lost.
@@ -140,12 +147,13 @@ def relocation(**options: Any) -> None:
     """
     from scripts.experiments import relocation as experiment
 
-    experiment.run(experiment.Options(**_typed(_with_episodes(options))))
+    experiment.run(experiment.Options(**_typed(_with_episodes(options, experiment.ARMS))))
     _finish(options["out"])
 
 
 @click.command()
 @_common_options
+@_RATE
 @_episode_options
 @click.option(
     "--gnbs",
@@ -172,21 +180,20 @@ def handover(**options: Any) -> None:
       aipaging run handover --relocations 100 --rate 5000 --ues 1 --out results/handover
     """
     from scripts.experiments import handover as experiment
+    from scripts.experiments.relocation import ARMS
 
     gnbs = _two_names(options.pop("gnbs"), "--gnbs", "gNBs, as in gnb1,gnb2")
-    experiment.run(experiment.Options(gnbs=gnbs, **_typed(_with_episodes(options))))
+    experiment.run(experiment.Options(gnbs=gnbs, **_typed(_with_episodes(options, ARMS))))
     _finish(options["out"])
 
 
-def _with_episodes(options: dict[str, Any]) -> dict[str, Any]:
-    """Check and split the options of `_episode_options`."""
-    from scripts.experiments.relocation import ARMS
-
+def _with_episodes(options: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Check and split `arms` (`known` are those there are) and `between`."""
     arms = _names(options["arms"])
     for arm in arms:
-        if arm not in ARMS:
+        if arm not in known:
             raise UserError(
-                f"--arms: there is no arm {arm}; there are {', '.join(ARMS)}", EXIT_BAD_INPUT
+                f"--arms: there is no arm {arm}; there are {', '.join(known)}", EXIT_BAD_INPUT
             )
     between = _two_names(options["between"], "--between", "anchors, as in edge1,edge2")
     return {**options, "arms": arms, "between": between}
@@ -194,6 +201,66 @@ def _with_episodes(options: dict[str, Any]) -> dict[str, Any]:
 
 @click.command()
 @_common_options
+@click.option(
+    "--arms",
+    default="none,drain,bbm",
+    show_default=True,
+    help="none: no relocation, the noise floor; drain: make before break, connections drain; bbm: "
+    "break before make, the control in which streams must break. Interleaved in random order.",
+)
+@click.option(
+    "--relocations",
+    type=click.IntRange(1, 100_000),
+    default=100,
+    show_default=True,
+    help="Relocations per arm; each is one of every client.",
+)
+@click.option(
+    "--between",
+    default="edge1,edge2",
+    show_default=True,
+    help="The two anchors to relocate between.",
+)
+@click.option(
+    "--drain-ms",
+    type=click.IntRange(1, 600_000),
+    default=2_000,
+    show_default=True,
+    help="How long connections may go on at the old anchor.",
+)
+@click.option(
+    "--requests",
+    type=click.IntRange(1, 10_000),
+    default=6,
+    show_default=True,
+    help="Streams that each client reads in an episode, one after another.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1, 10_000),
+    default=10,
+    show_default=True,
+    help="Of each stream; 20 ms apart.",
+)
+def continuity(**options: Any) -> None:
+    """Move clients that read token streams; count what breaks.
+
+    curl (HTTP/1.1), libcurl (HTTP/2), httpx (both) and the openai library read streams over
+    connections that they keep, while their session is relocated. They bring one token throughout
+    and know of nothing. Every token is numbered.
+
+    \b
+      aipaging run continuity --relocations 100 --out results/c
+    """
+    from scripts.experiments import continuity as experiment
+
+    experiment.run(experiment.Options(**_typed(_with_episodes(options, experiment.ARMS))))
+    _finish(options["out"])
+
+
+@click.command()
+@_common_options
+@_RATE
 @click.option(
     "--leases",
     type=click.IntRange(1, 100_000),
@@ -235,7 +302,7 @@ def _finish(folder: Path) -> None:
             raise UserError(str(error), EXIT_BAD_INPUT) from error
     console = Console()
     console.print(render(summary))
-    for problem in summary["probe"]["problems"]:
+    for problem in summary.get("probe", summary)["problems"]:
         console.print(f"Beware: {problem}.", style="yellow", highlight=False)
     console.print(f"report: {report_file}", highlight=False, soft_wrap=True)
 

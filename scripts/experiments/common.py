@@ -49,7 +49,7 @@ class Common:
     topology: str
     catalogue: Path
     task: str
-    rate_pps: int
+    rate_pps: int = 0  # of the probes, if it has any
     ues: int | None
     ip: int  # 4 or 6
     seed: int
@@ -82,7 +82,12 @@ def resolve(common: Common) -> Scenario:
 
 
 def run(
-    common: Common, scenario: Scenario, body: Callable[[Testbed], None], *, break_allowed: bool
+    common: Common,
+    scenario: Scenario,
+    body: Callable[[Testbed], None],
+    *,
+    break_allowed: bool,
+    drain_ms: int = DRAIN_MS,
 ) -> None:
     """Run `body` on a testbed of its own, in a run that the kernel cleans up. Raises UserError."""
     common.out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +107,7 @@ def run(
                         scenario.features,
                         scratch_dir(),
                         folder / STATE_FOLDER,
-                        settings=Settings(drain_ms=DRAIN_MS, allow_break_before_make=break_allowed),
+                        settings=Settings(drain_ms=drain_ms, allow_break_before_make=break_allowed),
                     )
                     stack.enter_context(testbed)
                 body(testbed)
@@ -122,7 +127,7 @@ def run(
 
 
 def write_manifest(
-    common: Common, experiment: str, scenario: Scenario, network: Network, plan: ProbePlan
+    common: Common, experiment: str, scenario: Scenario, network: Network, plan: ProbePlan | None
 ) -> None:
     """Write the manifest, before the first packet."""
     options = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(common).items()}

@@ -102,6 +102,34 @@ def test_a_handover_with_both_links_up_loses_nothing_and_a_gap_does(tmp_path: Pa
     aipaging("evidence", "verify", out / "evidence.jsonl")
 
 
+def test_clients_of_a_draining_anchor_move_by_themselves_and_lose_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    aipaging(
+        *("run", "continuity", "--arms", "drain,bbm", "--relocations", 2, "--requests", 5),
+        *("--out", out),
+    )
+    arms = summary_of(out)["arms"]
+    clients = set(arms["drain"]) - {"all"}
+    assert len(clients) == 5
+    for client in clients:
+        row = arms["drain"][client]
+        assert (row["requests"], row["tokens"]) == (10, 100)
+        for what in ("failed", "tokens_lost", "tokens_repeated", "tokens_reordered"):
+            assert row[what] == 0, (client, what)
+        assert row["crossing"] > 0
+        assert row["connections"]["requests_on_kept"] > 0
+        assert set(row["served_by"]) == {"edge1", "edge2"}
+        assert 0 < row["moved_after_ms"]["max"] < 2_000
+        assert arms["bbm"][client]["failed"] > 0  # else the measurement is blind
+
+    before = summary_of(out)
+    for made in ("summary.json", "report.html"):
+        (out / made).unlink()
+    aipaging("report", out)
+    assert summary_of(out) == before
+    assert "<svg" in (out / "report.html").read_text()
+
+
 def test_nothing_passes_after_a_lease_with_the_controller_dead_in_half(tmp_path: Path) -> None:
     out = tmp_path / "run"
     aipaging("run", "expiry", "--leases", 8, "--ues", 4, "--rate", 1000, "--out", out)

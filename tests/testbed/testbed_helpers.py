@@ -11,6 +11,7 @@ from tempfile import TemporaryFile
 import pytest
 
 from controlplane.catalogue import Catalogue, load_catalogue
+from controlplane.controller import Settings
 from scripts.experiments.common import BUILT_IN_CATALOGUE, STATE_FOLDER
 from scripts.testbed import FAILURE_DETECTION_MS, Testbed
 from topologies.hosts import Host
@@ -49,6 +50,7 @@ def on_a_testbed(
     *,
     catalogue: Catalogue | None = None,
     failure_detection_ms: int = FAILURE_DETECTION_MS,
+    settings: Settings | None = None,
 ) -> None:
     """Run `body` on a testbed of its own: the topology two-edge."""
 
@@ -63,6 +65,7 @@ def on_a_testbed(
                 folder,
                 folder / STATE_FOLDER,
                 failure_detection_ms=failure_detection_ms,
+                settings=settings,
             ) as testbed,
         ):
             body(testbed)

@@ -250,7 +250,7 @@ def test_keys_can_be_replaced() -> None:
     assert reason(lambda: check(old_token, by=one)) is Reason.UNKNOWN_KEY
     assert check(new_token, by=one)
     with pytest.raises(ValueError, match="not a JWKS"):
-        one.update(jwks={"error": "busy"}, revocations=[{"lease": "lease-1", "exp": NOW + 60}])
+        one.update(jwks={"error": "busy"}, revocations=[FLOOR])
     assert check(new_token, by=one)
 
 
@@ -291,40 +291,38 @@ def test_no_jwks_makes_it_fail(value: Any) -> None:
 # Revocation
 
 
-def test_a_token_of_an_ended_lease_is_refused_even_if_it_was_good_before() -> None:
-    one, other = Verifier(ISSUER, JWKS), token(lease="lease-2")
-    assert check(GOOD, by=one)
-    one.update(revocations=[{"lease": "lease-1", "exp": NOW + 60}], now_unix_s=NOW)
-    assert reason(lambda: check(GOOD, by=one)) is Reason.ENDED
-    assert check(other, by=one)
-    # Said again with other ends, the latest counts.
-    for exp in (NOW + 10, NOW + 90, NOW + 5):
-        one.update(revocations=[{"lease": "lease-2", "exp": exp}], now_unix_s=NOW)
-    one.update(now_unix_s=NOW + 10)
-    assert reason(lambda: check(other, by=one, now=NOW + 59)) is Reason.ENDED
+FLOOR = {"sub": "ue1", "aud": AISI, "epoch": 3, "exp": NOW + 60}
 
 
-def test_a_token_of_a_smaller_epoch_is_refused() -> None:
+def test_a_token_of_a_smaller_epoch_is_refused_even_if_it_was_good_before() -> None:
     one = Verifier(ISSUER, JWKS)
-    floor = {"sub": "ue1", "aud": AISI, "epoch": 3, "exp": NOW + 60}
-    one.update(
-        revocations=[floor, {**floor, "sub": "ue2", "epoch": 9}, {**floor, "epoch": 1}],
-        now_unix_s=NOW,
-    )
-    assert reason(lambda: check(token(epoch=2), by=one)) is Reason.SUPERSEDED
+    assert check(token(epoch=2), by=one)
+    one.update(revocations=[FLOOR, {**FLOOR, "sub": "ue2", "epoch": 9}], now_unix_s=NOW)
+    assert reason(lambda: check(token(epoch=2), by=one)) is Reason.REVOKED
     assert check(token(epoch=3), by=one)
     assert check(token(epoch=2, sub="ue3"), by=one)
     assert check(token(epoch=2, aud="aisi-2", aisi="aisi-2"), by=one, aisi="aisi-2")
 
 
+def test_a_session_leaves_at_the_end_of_its_drain_and_may_come_back() -> None:
+    one, old = Verifier(ISSUER, JWKS), token(epoch=4)
+    one.update(revocations=[FLOOR, {**FLOOR, "epoch": 5, "nbf": NOW + 9}], now_unix_s=NOW)
+    assert check(old, by=one, now=NOW + 8.9)
+    assert reason(lambda: check(token(epoch=2), by=one, now=NOW + 8.9)) is Reason.REVOKED
+    assert reason(lambda: check(old, by=one, now=NOW + 9)) is Reason.REVOKED
+    assert check(token(epoch=5), by=one, now=NOW + 9)
+    one.update(revocations=[{**FLOOR, "epoch": 4}], now_unix_s=NOW + 10)
+    assert check(old, by=one, now=NOW + 10)
+    assert reason(lambda: check(token(epoch=3), by=one, now=NOW + 10)) is Reason.REVOKED
+
+
 def test_revocations_are_forgotten_when_nothing_needs_them() -> None:
     one = Verifier(ISSUER, JWKS)
     for beat in range(1000):
-        lease = {"lease": f"lease-{beat}", "exp": NOW + beat + 10}
         floor = {"sub": f"ue{beat}", "aud": AISI, "epoch": beat, "exp": NOW + beat + 5.5}
-        one.update(revocations=[lease, floor, lease], now_unix_s=NOW + beat)
-        assert len(one._revocations) <= 16
-        assert len(one._revocations._ends) <= 16
+        one.update(revocations=[floor, floor], now_unix_s=NOW + beat)
+        assert len(one._revocations) <= 6
+        assert len(one._revocations._ends) <= 6
     one.update(now_unix_s=NOW + 1009)
     assert len(one._revocations) == len(one._revocations._ends) == 0
 
@@ -338,25 +336,27 @@ def test_revocations_are_forgotten_when_nothing_needs_them() -> None:
 )
 def test_a_revocation_holds_until_its_end_and_no_longer(steps: list[tuple[str, int, int]]) -> None:
     one, until = Verifier(ISSUER, JWKS), {"a": 0, "b": 0, "c": 0}
-    signed = {lease: token(lease=lease) for lease in until}
+    signed = {ue: token(sub=ue, epoch=2) for ue in until}
     now = 0
-    for lease, pause, lasts in steps:
+    for ue, pause, lasts in steps:
         now += pause
-        one.update(revocations=[{"lease": lease, "exp": NOW + now + lasts}], now_unix_s=NOW + now)
-        until[lease] = max(until[lease], now + lasts)
-        held = {name for kind, name in one._revocations._held}
+        one.update(
+            revocations=[{**FLOOR, "sub": ue, "exp": NOW + now + lasts}], now_unix_s=NOW + now
+        )
+        until[ue] = max(until[ue], now + lasts)
+        held = {name for name, _ in one._revocations._held}
         assert held == {name for name, end in until.items() if end > now}
         for name in held:
-            assert reason(lambda name=name: check(signed[name], by=one)) is Reason.ENDED
+            assert reason(lambda name=name: check(signed[name], by=one)) is Reason.REVOKED
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {},
-        {"lease": "l"},
-        {"lease": 5, "exp": 1},
-        {"lease": "l", "exp": float("nan")},
+        {**FLOOR, "sub": 5},
+        {**FLOOR, "exp": float("nan")},
+        {**FLOOR, "nbf": "soon"},
         {"sub": "u", "aud": "a", "exp": 1},
         {"sub": "u", "aud": "a", "epoch": 1},
         {"sub": "u", "epoch": 1, "exp": 1},
@@ -366,7 +366,7 @@ def test_a_revocation_holds_until_its_end_and_no_longer(steps: list[tuple[str, i
 def test_an_answer_that_is_not_understood_changes_nothing(wrong: Any) -> None:
     one = Verifier(ISSUER, JWKS)
     with pytest.raises(ValueError, match="not a revocation"):
-        one.update(jwks={"keys": []}, revocations=[{"lease": "lease-1", "exp": NOW + 60}, wrong])
+        one.update(jwks={"keys": []}, revocations=[FLOOR, wrong])
     assert check(GOOD, by=one)
 
 

@@ -8,24 +8,25 @@ What the control plane hears of it (`anchor_agent`) therefore holds for each of 
 
 import argparse
 import asyncio
+import signal
 import socket
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import httpx
-import uvicorn
 import uvloop
 from pydantic import TypeAdapter
 
 from controlplane import aist
 from controlplane.verifier import Verifier
 from topologies.endpoints.anchor_agent import Agent, CoreError, core_client
+from topologies.endpoints.anchor_drain import Drainer
+from topologies.endpoints.anchor_http import BACKLOG, HttpServer
 from topologies.endpoints.anchor_load import Load
 from topologies.endpoints.anchor_server import AnchorConfig, Service, create_app
 
 INTRODUCTION_S = 15.0  # how long the control plane may leave the first heartbeat unanswered
-BACKLOG = 1024
 EXIT_FAILED = 1
 
 
@@ -53,17 +54,23 @@ async def serve(
 
     Raises CoreError if it does not answer.
     """
-    agent = Agent(config.name, client, config.verifier, config.report)
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(config), http="httptools", log_level="warning")
-    )
+    drainer = Drainer()
+    agent = Agent(config.name, client, config.verifier, config.report, drainer.heed)
+    server = HttpServer(create_app(config, agent.ask), drainer)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
     async with client:
         await agent.introduce(INTRODUCTION_S)
         print(ready, flush=True)
         async with asyncio.TaskGroup() as tasks:  # an anchor without its agent must not serve on
-            reporting = tasks.create_task(agent.run())
-            await server.serve(sockets)
-            reporting.cancel()
+            running = [
+                tasks.create_task(work)
+                for work in (agent.run(), drainer.run(agent.ask), server.serve(sockets))
+            ]
+            await ended.wait()
+            for task in running:
+                task.cancel()
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
 """An anchor's side of the control plane: heartbeats, and what their answers say to refuse.
 
 A heartbeat says how the anchor is; its answer brings the tokens that were revoked since the last
-one and the names of the issuer's keys, which are fetched when they are others. So a token of an
-ended or superseded lease is refused one heartbeat later. While the control plane is away the anchor
-serves on with what it knows.
+one, the sessions that have moved away, and the names of the issuer's keys, which are fetched when
+they are others. What anchors must know is thus known one heartbeat later, or sooner by asking.
+While the control plane is away the anchor serves on with what it knows.
 """
 
 import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Annotated, Any, NoReturn
@@ -25,6 +26,7 @@ FIRST_INTERVAL_S = 0.1  # until the control plane has said how often it wants to
 FIRST_BACKOFF_S = 0.01
 # A request is given up after so many intervals: by then its sender has been taken for dead.
 TIMEOUT_INTERVALS = 4
+ASK_SPACING_S = 0.01  # between heartbeats, however often somebody asks
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +74,31 @@ class Agent:
         client: httpx.AsyncClient,
         verifier: Verifier,
         report: Callable[[], Report],
+        heed: Callable[[Iterable[Mapping[str, Any]]], None],
     ) -> None:
-        """`report`: what to say, asked for each heartbeat."""
+        """`report`: what to say, asked for each heartbeat. `heed`: is given what was revoked."""
         self._name = name
         self._client = client
         self._verifier = verifier
         self._report = report
+        self._heed = heed
         self._boot_id = secrets.token_hex(8)
         self._cursor: str | None = None
         self._keys: frozenset[str] = frozenset()
         self._interval_s = FIRST_INTERVAL_S
         self._failures = 0  # since the last answer
+        self._wake = asyncio.Event()
+        self._asked: asyncio.Event | None = None  # set once the next exchange is over
+
+    async def ask(self) -> None:
+        """Return when all is known that the control plane knew at the time of the call.
+
+        Or when it did not answer. Only while `run` runs.
+        """
+        if self._asked is None:
+            self._asked = asyncio.Event()
+        self._wake.set()
+        await self._asked.wait()
 
     async def introduce(self, timeout_s: float) -> None:
         """Return when the first heartbeat has been answered. CoreError after `timeout_s`."""
@@ -98,9 +114,11 @@ class Agent:
             await asyncio.sleep(FIRST_INTERVAL_S)
 
     async def run(self) -> NoReturn:
-        """Send a heartbeat every interval until cancelled."""
+        """Send a heartbeat every interval, or when asked, until cancelled."""
         while True:
             start_s = time.monotonic()
+            asked, self._asked = self._asked, None
+            self._wake.clear()
             try:
                 complete = await self._exchange()
             except CoreError as error:
@@ -113,7 +131,11 @@ class Agent:
                     log.warning("%s: the control plane answers again", self._name)
                 self._failures = 0
                 wait_s = start_s + self._interval_s - time.monotonic() if complete else 0
-            await asyncio.sleep(max(wait_s, 0))
+            if asked is not None:
+                asked.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), max(wait_s, 0))
+                await asyncio.sleep(start_s + ASK_SPACING_S - time.monotonic())
 
     async def _exchange(self) -> bool:
         """Send one heartbeat and heed its answer; return whether that said everything.
@@ -132,6 +154,7 @@ class Agent:
             content = await self._ask("POST", f"/anchors/{self._name}/heartbeat", body)
             answer = _Answer.model_validate_json(content)
             self._verifier.update(revocations=answer.revocations)
+            self._heed(answer.revocations)
             self._cursor = answer.cursor
             self._interval_s = answer.interval_ms / 1_000
             if self._keys != frozenset(answer.keys):

@@ -7,13 +7,14 @@ lost, repeated or reordered.
 Who may ask: the AIST (RFC 6750 bearer token) is checked on every completion request. It must be
 well signed, in force and not revoked (else 401); its audience must be an AISI of this anchor and
 its connection must have come to that one's service address, it must name the address that the
-connection comes from, and its scope the task of that AISI (else 403). A stream that has begun is
-bounded by the lease in the kernel, not by the token.
+connection comes from, and its scope the task of that AISI (else 403). Before a token is refused as
+revoked the control plane is asked: the session may have come back a moment ago. A stream that has
+begun is bounded by the lease in the kernel, not by the token.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -25,7 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from controlplane.verifier import Reason, TokenError, Verifier
+from controlplane.verifier import Claims, Reason, TokenError, Verifier
 from topologies.endpoints.anchor_agent import Report
 from topologies.endpoints.anchor_load import Load
 from topologies.endpoints.chat import (
@@ -101,8 +102,11 @@ class HeldStream(StreamingResponse):
             self._on_end()
 
 
-def create_app(config: AnchorConfig) -> ASGIApp:
-    """Build the server's application."""
+async def _ask_nobody() -> None: ...
+
+
+def create_app(config: AnchorConfig, ask: Callable[[], Awaitable[None]] = _ask_nobody) -> ASGIApp:
+    """Build the server's application. `ask` brings `config.verifier` up to date."""
     load = config.load
 
     async def ready(_: Request) -> Response:
@@ -112,7 +116,7 @@ def create_app(config: AnchorConfig) -> ASGIApp:
 
     async def complete(request: Request) -> Response:
         asked_ns = time.monotonic_ns()
-        aisi, service = authorise(config, request)
+        aisi, service = await authorise(config, request, ask)
         chat = await read_chat(request)
         if chat.model not in (service.model, aisi):
             raise Refusal(404, "model_not_found", f"no model {chat.model!r} here", "model")
@@ -140,14 +144,26 @@ def create_app(config: AnchorConfig) -> ASGIApp:
     return _with_header(app, config.name)
 
 
-def authorise(config: AnchorConfig, request: Request) -> tuple[str, Service]:
+async def authorise(
+    config: AnchorConfig, request: Request, ask: Callable[[], Awaitable[None]]
+) -> tuple[str, Service]:
     """Return the AISI that the bearer may use, and its service; or raise Refusal."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not token.strip():
         raise Refusal(401, "missing_token", "an AIST is needed: Authorization: Bearer ...")
     source = request.client.host if request.client else ""
+
+    def check() -> Claims:
+        return config.verifier.check(token.strip(), frozenset(config.services), source)
+
     try:
-        claims = config.verifier.check(token.strip(), frozenset(config.services), source)
+        try:
+            claims = check()
+        except TokenError as error:
+            if error.reason is not Reason.REVOKED:
+                raise
+            await ask()
+            claims = check()
     except TokenError as error:
         status, code = FORBIDDEN.get(error.reason, (401, "invalid_token"))
         raise Refusal(status, code, str(error)) from None
