@@ -3,7 +3,7 @@
 These are the only types that `upf` shares with `controlplane`. They carry no logic.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
@@ -80,7 +80,26 @@ class EndDrain:
     old: Binding
 
 
-Operation = Install | Move | Renew | Revoke | EndDrain
+@value(frozen=True, slots=True)
+class Hold:
+    """Keep a lease's uplink at the user plane, in order: apply-action BUFF (TS 29.244, 8.2.26).
+
+    It ends with `Move` or `Resume`, at `until_ns` by itself, and never later than the lease. What
+    is held goes on then to where the lease steers. TCP connections that there are go on meanwhile.
+    """
+
+    binding: Binding
+    until_ns: int  # CLOCK_MONOTONIC
+
+
+@value(frozen=True, slots=True)
+class Resume:
+    """Let go what is held, in order, to where the lease steers: apply-action FORW."""
+
+    binding: Binding
+
+
+Operation = Install | Move | Renew | Revoke | EndDrain | Hold | Resume
 
 
 @value(frozen=True, slots=True, kw_only=True)
@@ -120,6 +139,38 @@ class EnforcementError(Exception):
 
 class StaleEpochError(EnforcementError):
     """An operation carried an epoch older than one already enforced."""
+
+
+@value(frozen=True, slots=True, kw_only=True)
+class Parked:
+    """Packets that waited at the user plane since it began, by what became of them.
+
+    stored = released + dropped + expired + held. What had no room was never stored.
+    """
+
+    stored: int = 0
+    released: int = 0  # ran through the gate again, which passes only what a lease steers
+    dropped: int = 0  # refused
+    expired: int = 0  # no answer in time
+    held: int = 0  # now
+    no_room: int = 0
+    lost_by_kernel: int = 0  # between the kernel's queue and us
+
+
+class FirstPackets(Protocol):
+    """The part of a user plane that parks what subscriptions send without a lease."""
+
+    def on_first_packet(self, report: Callable[[Flow], None]) -> None:
+        """Call `report` once for each flow that packets begin to wait for.
+
+        They go on when a lease of the flow is installed. Without any they expire.
+        """
+
+    async def refuse(self, flows: Sequence[Flow], backoff_ms: int) -> None:
+        """Drop what waits for these flows, and all that comes for a while; tell the senders."""
+
+    async def parked(self) -> Parked:
+        """Return what became of packets that waited."""
 
 
 class Enforcer(Protocol):

@@ -27,6 +27,7 @@ GIB = 1 << 30
 
 NOTHING_RUNS = "no experiment can run"
 # feature -> (what it is, whether the main job needs it, what does not work without it)
+NOTHING_WAITS = "no first-packet paging; no service waits for a target that is not ready"
 KERNEL = {
     "netns": ("network namespaces", True, NOTHING_RUNS),
     "mount_pid_ns": ("mount and PID namespaces", True, NOTHING_RUNS),
@@ -57,6 +58,18 @@ KERNEL = {
     ),
     "conntrack": ("connection tracking in rules", True, "TCP is not pinned to its anchor"),
     "ct_mark": ("connection marks in rules", True, "TCP is not pinned to its anchor"),
+    "nfqueue": ("packet queues of user space", False, NOTHING_WAITS),
+    "nft_queue": (
+        "nf_tables' own `queue` expression",
+        False,
+        "the xtables target NFQUEUE does its work, where there is that",
+    ),
+    "nfqueue_target": (
+        "xtables target NFQUEUE in nf_tables rules",
+        False,
+        "nf_tables' `queue` expression does its work, where there is that",
+    ),
+    "nft_reject": ("`reject` in rules", False, "who is refused a first packet is not told (ICMP)"),
     "nft_bridge": ("nf_tables, bridge family", True, "no guard against spoofing in a cell"),
     "so_timestampns": ("kernel receive timestamps", True, "no delay or outage can be measured"),
     "so_rxq_ovfl": ("count of socket overflows", True, "own drops would look like the network's"),

@@ -24,11 +24,10 @@ from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.configfile import load_yaml
 from controlplane.listeners import ListenError, UnixListener, listen, owned
 from scripts.errors import UserError, require_root
-from scripts.user_plane import FAILURES, UserPlaneConfig, install, remove
+from scripts.user_plane import FAILURES, UserPlaneConfig, remove, user_plane
 from upf import protocol, status
 from upf.agent import Agent
 from upf.features import probe
-from upf.gate import Gate
 from upf.local import LocalUserPlane
 
 STATUS_TIMEOUT_S = 10.0
@@ -50,31 +49,33 @@ def run(config: UpfConfig, catalogue: Catalogue) -> None:
         listening = undo.enter_context(listen(UnixListener("upf", config.upf_socket)))
         undo.enter_context(owned(config.upf_socket))
         # Before the event loop: pyroute2 runs one of its own.
-        gate = undo.enter_context(contextlib.closing(install(config, catalogue)))
-        uvloop.run(_serve(gate, listening))
+        local = undo.enter_context(user_plane(config, catalogue))
+        uvloop.run(_serve(local, listening))
 
 
-async def _serve(gate: Gate, listening: socket.socket) -> None:
+async def _serve(user_plane: LocalUserPlane, listening: socket.socket) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    user_plane = LocalUserPlane(gate)
     user_plane.follow_routes(asyncio.get_running_loop())
     print(json.dumps({"event": "ready"}), flush=True)
-    about = {"version": version("ai-paging"), "table": gate.comment}
+    about = {"version": version("ai-paging"), "table": user_plane.table}
     await Agent(user_plane, about).serve(listening, stop)
 
 
 def describe(config: UpfConfig, catalogue: Catalogue) -> dict[str, Any]:
     """Return what the running agent says of itself and its kernel; without one, what we read."""
+    features = probe()
     found = asyncio.run(_ask(config.upf_socket))
     if found is None:
+        queue = config.packet_queue or features.packet_queue()
+        wanted = config.gate(catalogue, queue if config.parks(catalogue) else None)
         found = {
             "agent": None,
             "version": version("ai-paging"),
-            **status.of_kernel(config.upf_netns, config.gate(catalogue)),
+            **status.of_kernel(config.upf_netns, wanted),
         }
-    return {**found, "features": probe().to_json()}
+    return {**found, "features": features.to_json()}
 
 
 async def _ask(path: Path) -> Any:

@@ -3,25 +3,38 @@
 `aipaging serve` brings it about in its own process, `aipaging upf` in another.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from controlplane.catalogue import Catalogue
+from controlplane.catalogue import Catalogue, Strategy
 from controlplane.configfile import ConfigModel
-from controlplane.enforcement import EnforcementError
+from controlplane.enforcement import EnforcementError, Flow
 from controlplane.intent import Name
 from controlplane.parties import Subscriber
+from scripts.errors import EXIT_BAD_INPUT, UserError
 from upf import ownership, qos, routing
-from upf.config import AnchorPort, Attachment, GateConfig
+from upf.buffering import PacketBuffer
+from upf.config import AnchorPort, Attachment, GateConfig, PacketQueue
 from upf.features import probe
 from upf.gate import Gate
 from upf.gate import remove as remove_gate
+from upf.local import LocalUserPlane
+from upf.nfqueue import PacketQueueError
+from upf.parking import ParkingLimits
 
 THIS_NETNS = "/proc/self/ns/net"
 # What may be wrong with the machine, said in one line.
-FAILURES = (EnforcementError, ownership.OwnershipError, qos.QosError, routing.RoutingError)
+FAILURES = (
+    *(EnforcementError, ownership.OwnershipError, qos.QosError),
+    *(routing.RoutingError, PacketQueueError),
+)
+
+log = logging.getLogger(__name__)
 
 Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 
@@ -45,9 +58,32 @@ class UserPlaneConfig(ConfigModel):
     # What the kernel can do (upf.features); by default it is probed.
     in_place_renewal: bool | None = None
     fast_path: bool | None = None  # forwarding at ingress; `false`: let all pass the forward hook
+    packet_queue: PacketQueue | None = None  # where packets wait, if there is anything to wait for
+    parking: ParkingLimits = ParkingLimits()
     replace_qdiscs: bool = False  # those that somebody else put on N3 interfaces
 
-    def gate(self, catalogue: Catalogue) -> GateConfig:
+    def parks(self, catalogue: Catalogue) -> bool:
+        """Return whether there is anything that packets may have to wait for."""
+        buffering = any(s.relocation is Strategy.BUFFER for s in catalogue.services)
+        return buffering or any(subscriber.subscriptions for subscriber in self.subscribers)
+
+    def subscribed(self, catalogue: Catalogue) -> tuple[Flow, ...]:
+        """Return the flows of all subscriptions. Raises UserError if one makes no sense."""
+        flows: list[Flow] = []
+        for subscriber in self.subscribers:
+            for subscription in subscriber.subscriptions:
+                aisi, task = subscription.aisi, subscription.intent.task
+                if aisi not in {service.aisi for service in catalogue.services_for(task)}:
+                    raise UserError(
+                        f"subscriber {subscriber.ue}: the catalogue has no service {aisi} that "
+                        f"does {task}, as its subscription says",
+                        EXIT_BAD_INPUT,
+                    )
+                service = catalogue.service(aisi)
+                flows += service.flows(subscriber.address4, subscriber.address6)
+        return tuple(dict.fromkeys(flows))
+
+    def gate(self, catalogue: Catalogue, queue: PacketQueue | None = None) -> GateConfig:
         """Describe the user plane to the gate: every UE may come through every N3 interface."""
         n3 = tuple(cell.n3_interface for cell in self.cells.values())
         return GateConfig(
@@ -60,17 +96,28 @@ class UserPlaneConfig(ConfigModel):
                 for address in (subscriber.address4, subscriber.address6)
             ),
             qos_classes=qos.class_ids(catalogue.qos_shares()),
+            queue=queue,
+            subscriptions=self.subscribed(catalogue) if queue is not None else (),
         )
 
 
-def install(config: UserPlaneConfig, catalogue: Catalogue) -> Gate:
-    """Bring the user plane about, or adopt what an earlier process left."""
-    gate_config = config.gate(catalogue)
+@contextlib.contextmanager
+def user_plane(config: UserPlaneConfig, catalogue: Catalogue) -> Iterator[LocalUserPlane]:
+    """Bring the user plane about, or adopt what an earlier process left; leases outlive it."""
+    config.subscribed(catalogue)
+    parks, queue = config.parks(catalogue), config.packet_queue
     renewal, fast_path = config.in_place_renewal, config.fast_path
-    if renewal is None or fast_path is None:
+    if renewal is None or fast_path is None or (parks and queue is None):
         features = probe()
         renewal = features.in_place_renewal if renewal is None else renewal
         fast_path = features.netdev_forward if fast_path is None else fast_path
+        queue = queue or features.packet_queue()
+    if parks and queue is None:
+        log.warning(
+            "this kernel has no packet queue: first packets of subscriptions are dropped, and no "
+            "service waits for a target that is not ready"
+        )
+    gate_config = config.gate(catalogue, queue if parks else None)
     capacities = {
         cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
     }
@@ -78,7 +125,15 @@ def install(config: UserPlaneConfig, catalogue: Catalogue) -> Gate:
     ownership.claim_qdiscs(config.upf_netns, capacities, replace=config.replace_qdiscs)
     routing.install(config.upf_netns, gate_config)
     qos.install(config.upf_netns, capacities, catalogue.qos_shares())
-    return Gate(config.upf_netns, gate_config, in_place_renewal=renewal, fast_path=fast_path)
+    with contextlib.ExitStack() as undo:
+        gate = Gate(config.upf_netns, gate_config, in_place_renewal=renewal, fast_path=fast_path)
+        undo.callback(gate.close)
+        buffer = None
+        if gate_config.queue is not None:
+            number = gate_config.queue.number
+            buffer = PacketBuffer(gate, config.upf_netns, number, config.parking)
+            undo.callback(buffer.close)
+        yield LocalUserPlane(gate, buffer)
 
 
 def remove(config: UserPlaneConfig) -> None:

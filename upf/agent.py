@@ -13,9 +13,9 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from controlplane.enforcement import EnforcementError, Enforcer
+from controlplane.enforcement import EnforcementError, Enforcer, FirstPackets
 from upf import protocol, status
 from upf.protocol import ProtocolError
 
@@ -26,10 +26,14 @@ NS_PER_S = 1_000_000_000
 log = logging.getLogger(__name__)
 
 
+class UserPlane(Enforcer, FirstPackets, Protocol):
+    """All that an agent answers for."""
+
+
 class Agent:
     """Answers for one user plane. All of it runs in one event loop."""
 
-    def __init__(self, user_plane: Enforcer, about: Mapping[str, Any]) -> None:
+    def __init__(self, user_plane: UserPlane, about: Mapping[str, Any]) -> None:
         """`about`: what a status says beside leases and drops."""
         self._user_plane = user_plane
         self._about = about
@@ -78,6 +82,9 @@ class Agent:
         log.info("the control plane is process %d", _pid(handle))
         try:
             writer.write(protocol.encode((protocol.DONE, {"protocol": protocol.PROTOCOL})))
+            self._user_plane.on_first_packet(
+                lambda flow: writer.write(protocol.encode((protocol.FIRST_PACKET, flow)))
+            )
             while True:
                 question = await protocol.read(reader)
                 writer.write(protocol.encode(await self._answer(question)))
@@ -89,6 +96,7 @@ class Agent:
         finally:
             if self._controller is handle:
                 self._controller = None
+                self._user_plane.on_first_packet(lambda flow: None)
 
     def _admit(self, greeting: protocol.Greeting) -> None:
         """Raise EnforcementError unless this caller may be the control plane now."""
@@ -129,6 +137,10 @@ class Agent:
                 return await self._user_plane.enforced()
             case "drops":
                 return await self._user_plane.drops()
+            case "refuse":
+                return await self._user_plane.refuse(*protocol.REFUSED.validate_python(value))
+            case "parked":
+                return await self._user_plane.parked()
             case _:
                 raise ValueError(f"nobody knows how to {kind}")
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+from controlplane.enforcement import Flow
 
 UE_PREFIXES = (IPv4Network("10.45.0.0/16"), IPv6Network("fd00:45::/64"))
 SERVICE_PREFIXES = (IPv4Network("198.18.0.0/15"), IPv6Network("fd00:a151::/64"))
@@ -11,6 +14,24 @@ SERVICE_PREFIXES = (IPv4Network("198.18.0.0/15"), IPv6Network("fd00:a151::/64"))
 MARK_BASE = 0x0A150000
 MARK_MASK = 0xFFFF0000
 MAX_ANCHORS = 0xFFFF
+# Of a packet that was parked and runs through the gate again: no anchor's, so it steers nothing.
+RELEASED_MARK = 0x0A160001
+
+
+class QueueBy(StrEnum):
+    """How this kernel hands packets to a queue of user space."""
+
+    EXPRESSION = "queue"  # nf_tables' own
+    TARGET = "NFQUEUE"  # the xtables target, through nft_compat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PacketQueue:
+    """Where packets wait that no lease steers yet."""
+
+    number: int = 45
+    by: QueueBy = QueueBy.EXPRESSION
+    reject: bool = True  # whether the kernel can answer what is refused (nft_reject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +60,8 @@ class GateConfig:
     anchors: tuple[AnchorPort, ...]
     attachments: tuple[Attachment, ...]
     qos_classes: Mapping[str, int] = field(default_factory=dict)  # QoS profile -> tc class id
+    queue: PacketQueue | None = None  # None: nothing is parked, what has no lease is dropped
+    subscriptions: tuple[Flow, ...] = ()  # whose first packets are parked and paged for
     ue_prefixes: tuple[IPv4Network, IPv6Network] = UE_PREFIXES
     service_prefixes: tuple[IPv4Network, IPv6Network] = SERVICE_PREFIXES
 

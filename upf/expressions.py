@@ -32,6 +32,9 @@ META_PKTTYPE = 19
 CT_MARK = 3
 EXTHDR_IPV4 = 2
 
+REJECT_ICMPX = 2  # NFT_REJECT_ICMPX_UNREACH
+ADMIN_PROHIBITED = 3  # NFT_REJECT_ICMPX_ADMIN_PROHIBITED
+
 CMP_EQ = 0
 CMP_NEQ = 1
 CMP_LTE = 3
@@ -178,6 +181,31 @@ def counter() -> Expression:
 def notrack() -> Expression:
     """Leave the packet out of connection tracking."""
     return {"attrs": [("NFTA_EXPR_NAME", "notrack")]}
+
+
+def queue(number: int) -> Expression:
+    """Hand the packet to user space; where nobody listens it is dropped."""
+    return _expression("queue", ("NFTA_QUEUE_NUM", number), ("NFTA_QUEUE_TOTAL", 1))
+
+
+def queue_target(number: int) -> Expression:
+    """Do the same by the xtables target NFQUEUE, revision 3 (struct xt_NFQ_info_v3, padded)."""
+    info = struct.pack("=HHHxx", number, 1, 0)
+    return _expression(
+        "target",
+        ("NFTA_TARGET_NAME", "NFQUEUE"),
+        ("NFTA_TARGET_REV", 3),
+        ("NFTA_TARGET_INFO", info),
+    )
+
+
+def reject() -> Expression:
+    """Drop the packet and tell its sender: administratively prohibited (ICMP 3/13, ICMPv6 1/1)."""
+    return _expression(
+        "reject",
+        ("NFTA_REJECT_TYPE", REJECT_ICMPX),
+        ("NFTA_REJECT_ICMP_CODE", ADMIN_PROHIBITED),
+    )
 
 
 def verdict(code: int, chain: str | None = None) -> Expression:

@@ -234,6 +234,25 @@ def _ct_mark() -> None:
     _try_rule(nft.ct_load_mark(), nft.ct_set_mark())
 
 
+def _nft_queue() -> None:
+    _try_rule(nft.queue(1))
+
+
+def _nfqueue_target() -> None:
+    _try_rule(nft.queue_target(1))
+
+
+def _nft_reject() -> None:
+    _try_rule(nft.reject())
+
+
+def _nfqueue() -> None:
+    """Open a packet queue: the rules are of no use without one."""
+    from netfilterqueue import NetfilterQueue
+
+    NetfilterQueue().bind(1, lambda packet: None, 16)
+
+
 # --- sockets ----------------------------------------------------------------------------------
 
 
@@ -279,6 +298,10 @@ PROBES: tuple[Callable[[], None], ...] = (
     _netdev_forward,
     _conntrack,
     _ct_mark,
+    _nft_queue,
+    _nfqueue_target,
+    _nft_reject,
+    _nfqueue,
     _so_timestampns,
     _so_rxq_ovfl,
     _so_rcvbufforce,

@@ -10,6 +10,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from upf.config import PacketQueue, QueueBy
+
 PROBE_TIMEOUT_S = 30
 
 
@@ -35,11 +37,22 @@ class Features:
     netdev_forward: bool = False  # nf_tables, `netdev` family: forwarding at ingress
     conntrack: bool = False  # `ct state` in a rule
     ct_mark: bool = False  # `ct mark` read and set in a rule
+    nft_queue: bool = False  # nf_tables' own `queue` expression
+    nfqueue_target: bool = False  # the xtables target NFQUEUE in an nf_tables rule (nft_compat)
+    nft_reject: bool = False  # `reject` in the `inet` family
+    nfqueue: bool = False  # packet queues of user space (nfnetlink_queue), and their library
     so_timestampns: bool = False
     so_rxq_ovfl: bool = False
     so_rcvbufforce: bool = False
     packet_vnet_hdr: bool = False
     reasons: dict[str, str] = field(default_factory=dict)  # feature -> why it is absent
+
+    def packet_queue(self) -> PacketQueue | None:
+        """Return how packets can wait for user space here; None: they cannot."""
+        if not self.nfqueue or not (self.nft_queue or self.nfqueue_target):
+            return None
+        by = QueueBy.EXPRESSION if self.nft_queue else QueueBy.TARGET
+        return PacketQueue(by=by, reject=self.nft_reject)
 
     def to_json(self) -> dict[str, Any]:
         """The features as plain JSON types, for a manifest."""

@@ -4,6 +4,7 @@ A flow is one UE and one service (or server), known here by its key: both addres
 says what a flow should be next. Everything here is pure: no I/O, and the time is an argument.
 """
 
+from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
 from controlplane.enforcement import (
@@ -11,10 +12,12 @@ from controlplane.enforcement import (
     EndDrain,
     EnforcementError,
     Flow,
+    Hold,
     Install,
     Move,
     Operation,
     Renew,
+    Resume,
     Revoke,
     StaleEpochError,
 )
@@ -22,7 +25,7 @@ from upf.config import GateConfig
 from upf.elements import Counters
 from upf.expressions import u32
 from upf.fastpath import DOWN, UP, Ports
-from upf.tables import FAMILIES, ifname_key
+from upf.tables import FAMILIES, IPV4, ifname_key
 
 NO_CLASS = u32(0)  # tc class id of what has no class of its own
 FROM_ZERO = Counters(0, 0)
@@ -37,6 +40,8 @@ class FlowState(NamedTuple):
     binding: Binding | None
     draining: Draining
     epoch: int  # the highest ever seen (fencing)
+    held_until_ns: int = 0  # its uplink is parked until then
+    carried: Counters | None = None  # what the fast path had counted when the hold began
 
 
 NO_LEASE = FlowState(None, (), 0)
@@ -50,6 +55,12 @@ Wanted = tuple[str, bytes, bytes, bytes, int, Counters | None]
 def flow_key(flow: Flow) -> bytes:
     """Return what the keys of a flow's elements begin with."""
     return flow.ue.packed + flow.service.packed
+
+
+def flow_of(key: bytes) -> Flow:
+    """Return the flow of a key."""
+    kind = IPv4Address if len(key) == 2 * IPV4.address_bytes else IPv6Address
+    return Flow(kind(key[: len(key) // 2]), kind(key[len(key) // 2 :]))
 
 
 def comment_of(binding: Binding) -> bytes:
@@ -75,30 +86,41 @@ def next_state(operation: Operation, state: FlowState, now_ns: int) -> FlowState
 
     Raises StaleEpochError if a later epoch got there first.
     """
-    draining = state.draining
+    draining, held_until_ns = state.draining, state.held_until_ns
     if draining:
         draining = tuple(drain for drain in draining if drain[1] > now_ns)
+    if held_until_ns <= now_ns:
+        held_until_ns = 0
     match operation:
         case Install() | Renew():
             _fence(operation.binding, state.epoch)
-            return holding(operation.binding, draining)
+            held = holding(operation.binding, draining, held_until_ns)
+            return held._replace(carried=state.carried) if isinstance(operation, Renew) else held
         case Revoke():
             _fence(operation.binding, state.epoch)
             return FlowState(None, (), state.epoch)
         case Move(new, old, drain_until_ns):
             _fence(new, state.epoch, exceeding=1)
             others = (drain for drain in draining if drain[0].anchor != old.anchor)
-            return holding(new, (*others, (old, min(drain_until_ns, old.expires_ns))))
+            left = (*others, (old, min(drain_until_ns, old.expires_ns)))
+            return holding(new, left, held_until_ns)
         case EndDrain(old):
             left = tuple(drain for drain in draining if drain[0].lease_id != old.lease_id)
-            return FlowState(state.binding, left, state.epoch)
+            return state._replace(draining=left, held_until_ns=held_until_ns)
+        case Hold(binding, until_ns):
+            _fence(binding, state.epoch)
+            return state._replace(held_until_ns=min(until_ns, binding.expires_ns))
+        case Resume():
+            return state._replace(held_until_ns=0)
 
 
-def holding(binding: Binding, draining: Draining) -> FlowState:
+def holding(binding: Binding, draining: Draining, held_until_ns: int = 0) -> FlowState:
     """Return the state of a flow with this lease. What drains at its own anchor is superseded."""
     if draining:
         draining = tuple(drain for drain in draining if drain[0].anchor != binding.anchor)
-    return FlowState(binding, draining, binding.epoch)
+    if held_until_ns:
+        held_until_ns = min(held_until_ns, binding.expires_ns)
+    return FlowState(binding, draining, binding.epoch, held_until_ns)
 
 
 def _fence(binding: Binding, epoch: int, exceeding: int = 0) -> None:
@@ -139,10 +161,11 @@ class LeaseElements:
         self._classes = {name: u32(class_id) for name, class_id in config.qos_classes.items()}
         self._sets = {  # length of a flow's key -> names of the sets of its family
             2 * family.address_bytes: tuple(
-                family.name(stem) for stem in ("steer", "return", "qos", "drain", UP, DOWN)
+                family.name(stem) for stem in ("steer", "return", "qos", "drain", "hold", UP, DOWN)
             )
             for family in FAMILIES
         }
+        self._queued = config.queue is not None
 
     def check(self, operation: Operation) -> None:
         """Raise EnforcementError if there are no elements that would do an operation."""
@@ -156,6 +179,9 @@ class LeaseElements:
                     )
                 self._check_anchor(new)
                 self._check_anchor(old)
+            case Hold(binding):
+                if binding.anchor is None or not self._queued:
+                    raise EnforcementError(f"lease {binding.lease_id}: nothing here can be held")
 
     def _check_anchor(self, binding: Binding) -> None:
         if binding.anchor is not None and binding.anchor not in self._anchors:
@@ -163,10 +189,12 @@ class LeaseElements:
 
     def of(self, key: bytes, state: FlowState) -> list[Wanted]:
         """Return the elements of a flow, given its key; no two have the same name."""
-        steer, back, qos, drain, up, down = self._sets[len(key)]
+        steer, back, qos, drain, hold, up, down = self._sets[len(key)]
         elements: list[Wanted] = []
         binding = state.binding
         if binding is not None:
+            if state.held_until_ns:
+                elements.append((hold, key, b"", b"", state.held_until_ns, None))
             comment, until_ns = comment_of(binding), binding.expires_ns
             class_id = self._classes.get(binding.qos_profile)
             if binding.anchor is None:
@@ -181,7 +209,8 @@ class LeaseElements:
                     elements.append((qos, key, class_id, comment, until_ns, None))
                 if key[: len(key) // 2] in self._fast_ues:
                     out, priority = place.hops[len(key)], class_id or NO_CLASS
-                    elements.append((up, key, out, comment, until_ns, None))
+                    if not state.held_until_ns:  # what is held must not get past the queue
+                        elements.append((up, key, out, comment, until_ns, state.carried))
                     answer = _downlink_key(key, place)
                     elements.append((down, answer, priority, comment, until_ns, None))
         if not state.draining:
@@ -199,9 +228,13 @@ class LeaseElements:
         named |= {wanted[:2]: wanted for wanted in elements}  # anchors may share an interface
         return list(named.values())
 
+    def fast_uplink(self, key: bytes) -> ElementName | None:
+        """Return the name of the element that lets a flow's uplink past the IP stack, if any."""
+        return (self._sets[len(key)][5], key) if key[: len(key) // 2] in self._fast_ues else None
+
     def counting(self, key: bytes, binding: Binding) -> tuple[ElementName, ...]:
         """Return the names of the elements that count a lease's packets."""
-        steer, back, qos, _, up, down = self._sets[len(key)]
+        steer, back, qos, _, _, up, down = self._sets[len(key)]
         if binding.anchor is None:
             return ((qos, key),)
         place = self._anchors.get(binding.anchor)

@@ -18,6 +18,7 @@ from controlplane.enforcement import (
     Binding,
     Enforced,
     EnforcementError,
+    Hold,
     Install,
     Move,
     Operation,
@@ -104,6 +105,7 @@ class Gate:
         adopted = found == wanted
         if adopted:
             self._flows = adopted_flows(self._socket, config, self._clock())
+            self._forget_holds()
         else:
             requests = [Table(family).remove() for family in found]
             requests += Schema(config).messages(comment)
@@ -135,6 +137,8 @@ class Gate:
                 key = flow_key(flow)
                 state = states.get(key) or held.get(key, NO_LEASE)
                 states[key] = next_state(operation, state, now)
+                if isinstance(operation, Hold) and not state.held_until_ns:
+                    states[key] = states[key]._replace(carried=self._carried(key, state))
         self._commit(states, now)
 
     def enforced(self) -> list[Enforced]:
@@ -171,6 +175,13 @@ class Gate:
             first = 0 if set_name.startswith(("steer", UP)) else 2
             sums[first] += element.packets
             sums[first + 1] += element.bytes
+        for binding in bindings:  # a hold has taken the fast path's element, and kept its counts
+            for flow in binding.flows:
+                state = self._flows.get(flow_key(flow), NO_LEASE)
+                sums = counts.get(binding.lease_id)
+                if state.binding == binding and state.held_until_ns and state.carried and sums:
+                    sums[0] += state.carried.packets
+                    sums[1] += state.carried.bytes
         return {
             lease_id: Usage(
                 uplink_packets=sums[0],
@@ -200,7 +211,7 @@ class Gate:
                     and abs(entry.remaining_ms - left_ms) <= SAME_DEADLINE_MS
                 )
                 current = self._flows.get(key, NO_LEASE)
-                state = holding(binding, current.draining)
+                state = holding(binding, current.draining, current.held_until_ns if same else 0)
                 state = state._replace(epoch=max(binding.epoch, current.epoch))
                 if same:
                     self._flows[key] = state
@@ -230,6 +241,58 @@ class Gate:
     def drops(self) -> dict[str, int]:
         """Packets dropped so far, by reason."""
         return drop_counters(self._socket)
+
+    # Packets that wait
+
+    def passes(self, key: bytes) -> bool:
+        """Return whether the gate lets a flow's uplink through now."""
+        state = self._flows.get(key)
+        if state is None or state.binding is None or state.binding.anchor is None:
+            return False
+        return state.held_until_ns <= self._clock() < state.binding.expires_ns
+
+    def end_holds(self, keys: Iterable[bytes]) -> None:
+        """Let the uplink of these flows go past the queue again. Raises EnforcementError."""
+        now, held = self._clock(), self._flows
+        self._commit(
+            {
+                key: held[key]._replace(held_until_ns=0)
+                for key in keys
+                if key in held and held[key].held_until_ns
+            },
+            now,
+        )
+
+    def _carried(self, key: bytes, state: FlowState) -> Counters | None:
+        """Return what the fast path has counted for a flow: a hold takes its element."""
+        name = self._elements.fast_uplink(key)
+        if name is None or state.binding is None:
+            return state.carried
+        found = read_element(self._socket, *name)
+        return state.carried if found is None else Counters(found.packets, found.bytes)
+
+    def turn_away(self, stem: str, keys: Iterable[bytes], for_ms: int) -> None:
+        """Let the kernel drop what these flows send without a lease: `overflow` or `refused`.
+
+        Raises EnforcementError.
+        """
+        elements: list[Addition] = [
+            (family.name(stem), key, for_ms, b"", b"", None)
+            for key in keys
+            for family in FAMILIES
+            if len(key) == 2 * family.address_bytes
+        ]
+        try:
+            self._socket.commit(elements)
+        except (BatchError, OSError) as error:
+            raise EnforcementError(str(error)) from error
+
+    def _forget_holds(self) -> None:
+        """Let go what an earlier process held: its packets went with it."""
+        names = [family.name("hold") for family in FAMILIES]
+        self._socket.commit(
+            [(name, element.key) for name in names for element in read_elements(self._socket, name)]
+        )
 
     # From flow states to elements
 

@@ -6,14 +6,13 @@ of QoS alone; any other belongs to the lease that steers.
 
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address
 
-from controlplane.enforcement import Binding, Enforced, Flow, Usage
+from controlplane.enforcement import Binding, Enforced, Usage
 from upf.answers import Element
 from upf.config import GateConfig
 from upf.expressions import u32
 from upf.fastpath import DOWN, UP
-from upf.flows import NO_LEASE, FlowState, parse_comment
+from upf.flows import NO_LEASE, FlowState, flow_of, parse_comment
 from upf.nft_socket import NftSocket
 from upf.readback import read_elements
 from upf.tables import FAMILIES, Family, ifname_key
@@ -52,7 +51,7 @@ def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator
         yield Enforced(
             lease_id=lease_id,
             epoch=epoch,
-            flow=_flow(element.key),
+            flow=flow_of(element.key),
             anchor=anchor,
             remaining_ms=element.remaining_ms,
             usage=Usage(
@@ -105,13 +104,8 @@ def _binding(
     return Binding(
         lease_id=lease_id,
         epoch=epoch,
-        flows=(_flow(key),),
+        flows=(flow_of(key),),
         anchor=anchor,
         qos_profile=qos_profile,
         expires_ns=now_ns + element.remaining_ms * NS_PER_MS,
     )
-
-
-def _flow(key: bytes) -> Flow:
-    kind = IPv4Address if len(key) == 2 * FAMILIES[0].address_bytes else IPv6Address
-    return Flow(kind(key[: len(key) // 2]), kind(key[len(key) // 2 :]))

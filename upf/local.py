@@ -2,9 +2,18 @@
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from controlplane.enforcement import Binding, Enforced, Operation, Reconciliation, Usage
+from controlplane.enforcement import (
+    Binding,
+    Enforced,
+    Flow,
+    Operation,
+    Parked,
+    Reconciliation,
+    Usage,
+)
+from upf.buffering import PacketBuffer
 from upf.gate import Gate
 from upf.nft_socket import BatchError
 
@@ -12,17 +21,24 @@ log = logging.getLogger(__name__)
 
 
 class LocalUserPlane:
-    """Implements `controlplane.enforcement.Enforcer` over a gate.
+    """Implements `controlplane.enforcement.Enforcer` over a gate, `FirstPackets` over a buffer.
 
     The kernel answers within tens of microseconds per lease, so that waiting for it costs less
     than going to a thread and back.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, buffer: PacketBuffer | None = None) -> None:
+        """`buffer`: where packets wait; None: nothing waits, what has no lease is dropped."""
         self._gate = gate
+        self._buffer = buffer
+
+    @property
+    def table(self) -> str:
+        """What tells the gate's tables from those of another version or configuration."""
+        return self._gate.comment
 
     def follow_routes(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Keep the fast path's way to each UE as the router's routes are, while the loop runs."""
+        """While the loop runs, keep the fast path's ways as the router's routes to UEs are."""
         if self._gate.paths is not None:
             loop.add_reader(self._gate.paths.fileno(), self._follow_routes)
 
@@ -33,8 +49,8 @@ class LocalUserPlane:
             log.error("routes to UEs changed, and the fast path could not follow: %s", error)
 
     async def apply(self, operations: Sequence[Operation]) -> None:
-        """See Gate.apply."""
-        self._gate.apply(operations)
+        """See Gate.apply; what waits and may go on after it does."""
+        (self._buffer or self._gate).apply(operations)
 
     async def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
         """See Gate.usage."""
@@ -51,3 +67,18 @@ class LocalUserPlane:
     async def drops(self) -> dict[str, int]:
         """See Gate.drops."""
         return self._gate.drops()
+
+    def on_first_packet(self, report: Callable[[Flow], None]) -> None:
+        """See FirstPackets."""
+        if self._buffer is not None:
+            self._buffer.report_to(report)
+            self._buffer.start(asyncio.get_running_loop())
+
+    async def refuse(self, flows: Sequence[Flow], backoff_ms: int) -> None:
+        """See FirstPackets."""
+        if self._buffer is not None:
+            self._buffer.refuse(flows, backoff_ms)
+
+    async def parked(self) -> Parked:
+        """See FirstPackets."""
+        return Parked() if self._buffer is None else self._buffer.counts

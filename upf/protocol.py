@@ -3,10 +3,13 @@
 A frame is its length (4 bytes, big-endian) and as many bytes of JSON. The caller greets, then asks
 one question after the other; each gets one answer, in the same order.
 
-    greeting   {"protocol": 1, "role": "controller", "now_ns": 123}
+    greeting   {"protocol": 2, "role": "controller", "now_ns": 123}
     question   ["apply", [["Install", {"binding": {...}}], ...]], ["usage", [binding, ...]],
-               ["reconcile", [binding, ...]], ["enforced", null], ["drops", null]
+               ["reconcile", [binding, ...]], ["enforced", null], ["drops", null],
+               ["refuse", [[flow, ...], ms]], ["parked", null]
     answer     ["done", result], or ["StaleEpochError", "why"], ["EnforcementError", "why"]
+
+Besides, the agent says ["first_packet", flow] when packets begin to wait for a lease of a flow.
 
 Values are those of `controlplane.enforcement`, member by member. Deadlines in them are readings of
 CLOCK_MONOTONIC: the two must be on one machine and in one time namespace, which the greeting shows.
@@ -26,30 +29,39 @@ from controlplane.enforcement import (
     EndDrain,
     Enforced,
     EnforcementError,
+    Flow,
+    Hold,
     Install,
     Move,
     Operation,
+    Parked,
     Reconciliation,
     Renew,
+    Resume,
     Revoke,
     StaleEpochError,
     Usage,
 )
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_FRAME_BYTES = 1 << 28  # a reconciliation of half a million leases
 MAX_GREETING_BYTES = 1 << 12
 DONE = "done"
+FIRST_PACKET = "first_packet"
 
 _LENGTH = struct.Struct(">I")
 _OPERATIONS: dict[str, TypeAdapter[Operation]] = {
-    kind.__name__: TypeAdapter(kind) for kind in (Install, Move, Renew, Revoke, EndDrain)
+    kind.__name__: TypeAdapter(kind)
+    for kind in (Install, Move, Renew, Revoke, EndDrain, Hold, Resume)
 }
 _ERRORS = {kind.__name__: kind for kind in (EnforcementError, StaleEpochError)}
 BINDINGS = TypeAdapter(list[Binding])
 ENFORCED = TypeAdapter(list[Enforced])
 USAGE = TypeAdapter(dict[str, Usage])
 RECONCILIATION = TypeAdapter(Reconciliation)
+FLOW = TypeAdapter(Flow)
+REFUSED = TypeAdapter(tuple[list[Flow], int])  # flows, ms
+PARKED = TypeAdapter(Parked)
 DROPS = TypeAdapter(dict[str, int])
 
 
@@ -103,6 +115,20 @@ def tagged(operations: Sequence[Operation]) -> list[tuple[str, Operation]]:
 def operations(value: Any) -> list[Operation]:
     """Return the operations of a question. Raises ValueError, TypeError or KeyError."""
     return [_OPERATIONS[name].validate_python(members) for name, members in value]
+
+
+def first_packet(message: Any) -> Flow | None:
+    """Return the flow that packets begin to wait for, if a message says that they do.
+
+    Raises ProtocolError.
+    """
+    match message:
+        case [kind, flow] if kind == FIRST_PACKET:
+            try:
+                return FLOW.validate_python(flow)
+            except ValidationError as error:
+                raise ProtocolError(f"no flow: {error.errors()[0]['msg']}") from error
+    return None
 
 
 def refusal(error: EnforcementError) -> tuple[str, str]:

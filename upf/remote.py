@@ -18,7 +18,9 @@ from controlplane.enforcement import (
     Binding,
     Enforced,
     EnforcementError,
+    Flow,
     Operation,
+    Parked,
     Reconciliation,
     Usage,
 )
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 class RemoteUserPlane:
-    """Implements `controlplane.enforcement.Enforcer` over an agent's socket.
+    """Implements `controlplane.enforcement.Enforcer` and `FirstPackets` over an agent's socket.
 
     An async context manager; not thread-safe: one event loop owns it.
     """
@@ -43,6 +45,7 @@ class RemoteUserPlane:
         self.path = path
         self.reconnected: Callable[[], None] = lambda: None  # the kernel may not be as one left it
         self._connection: _Connection | None = None
+        self._report: Callable[[Flow], None] = lambda flow: None
         self._back = asyncio.Event()
         self._lost_at = 0.0  # loop time
         self._keeper: asyncio.Task[None] | None = None
@@ -50,7 +53,7 @@ class RemoteUserPlane:
     async def __aenter__(self) -> Self:
         """Connect. Raises EnforcementError if nobody is there, or the agent wants no part of us."""
         try:
-            self._connection = await _Connection.open(self.path)
+            self._connection = await _Connection.open(self.path, self._first_packet)
         except OSError as error:
             raise EnforcementError(
                 f"no user plane at {self.path} ({error.strerror}): start 'aipaging upf', as root"
@@ -90,6 +93,23 @@ class RemoteUserPlane:
         """See Gate.drops."""
         return protocol.DROPS.validate_python(await self._ask("drops", None))
 
+    # FirstPackets
+
+    def on_first_packet(self, report: Callable[[Flow], None]) -> None:
+        """See FirstPackets."""
+        self._report = report
+
+    async def refuse(self, flows: Sequence[Flow], backoff_ms: int) -> None:
+        """See FirstPackets."""
+        await self._ask("refuse", (flows, backoff_ms))
+
+    async def parked(self) -> Parked:
+        """See FirstPackets."""
+        return protocol.PARKED.validate_python(await self._ask("parked", None))
+
+    def _first_packet(self, flow: Flow) -> None:
+        self._report(flow)
+
     async def _ask(self, kind: str, value: object) -> Any:
         if self._connection is None:
             left_s = self._lost_at + PATIENCE_S - asyncio.get_running_loop().time()
@@ -119,7 +139,7 @@ class RemoteUserPlane:
         retry_s, said = RETRY_S, ""
         while True:
             try:
-                return await _Connection.open(self.path)
+                return await _Connection.open(self.path, self._first_packet)
             except (OSError, EnforcementError) as error:
                 if isinstance(error, EnforcementError) and str(error) != said:
                     said = str(error)
@@ -131,17 +151,23 @@ class RemoteUserPlane:
 class _Connection:
     """One connection: questions out, their answers in the same order."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        report: Callable[[Flow], None],
+    ) -> None:
+        self._report = report
         self._reader = reader
         self._writer = writer
         self._waiting: deque[asyncio.Future[Any]] = deque()
         self._over = False
 
     @classmethod
-    async def open(cls, path: Path) -> Self:
+    async def open(cls, path: Path, report: Callable[[Flow], None]) -> Self:
         """Connect and greet. Raises OSError; EnforcementError if the agent refuses."""
         reader, writer = await asyncio.open_unix_connection(str(path))
-        made = cls(reader, writer)
+        made = cls(reader, writer, report)
         try:
             greeting = protocol.Greeting(
                 protocol=protocol.PROTOCOL, role="controller", now_ns=time.monotonic_ns()
@@ -180,6 +206,9 @@ class _Connection:
         try:
             while True:
                 answer = await protocol.read(self._reader)
+                if (flow := protocol.first_packet(answer)) is not None:
+                    self._report(flow)
+                    continue
                 waiting = self._waiting.popleft()
                 if not waiting.done():  # it may have been cancelled
                     waiting.set_result(answer)

@@ -10,6 +10,10 @@
     forward              what a route of its own led past the gate: as there, or source_routed
                          a source that is not that UE's own --> spoofed_source; QoS class
 
+With a packet queue, what a lease holds (`hold`), and first packets of subscriptions (`subscribed`),
+go to `park` before they would be steered or dropped; user space gives them no route, it lets them
+run through the same chain again (NF_REPEAT), marked so that they are not parked twice.
+
 Each reason to drop is a chain that counts. TCP connections are pinned by conntrack mark to the
 anchor on which they began (`drain` set); all other service traffic stays out of conntrack. Each
 address family has its own chains and sets (suffix 4 or 6), in one `inet` table so that one batch
@@ -22,7 +26,7 @@ from ipaddress import IPv4Network, IPv6Network
 from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, NFPROTO_IPV4
 
 from upf import expressions as nft
-from upf.config import MARK_BASE, MARK_MASK, GateConfig
+from upf.config import MARK_BASE, MARK_MASK, RELEASED_MARK, GateConfig, PacketQueue, QueueBy
 from upf.expressions import Expression
 from upf.messages import Message
 from upf.tables import (
@@ -37,10 +41,12 @@ from upf.tables import (
     within,
 )
 
-VERSION = 5
+VERSION = 6
+PAGING_REFUSED, PAGING_OVERFLOW = "paging_refused", "paging_overflow"
 DROP_REASONS = (
     *("no_lease_uplink", "no_lease_downlink"),
     *("spoofed_source", "direct_to_anchor", "source_routed"),
+    *(PAGING_REFUSED, PAGING_OVERFLOW),
 )
 
 PREROUTING, FORWARD = 0, 2
@@ -114,7 +120,11 @@ class Schema:
             "anchors6": [anchor.address6.packed for anchor in config.anchors],
             "access4": [],
             "access6": [],
+            "subscribed4": [],
+            "subscribed6": [],
         }
+        for flow in config.subscriptions:
+            static[f"subscribed{flow.ue.version}"].append(flow.ue.packed + flow.service.packed)
         places = [(place.interface, place.address) for place in config.attachments]
         for anchor in config.anchors:
             places += [(anchor.interface, anchor.address4), (anchor.interface, anchor.address6)]
@@ -125,8 +135,11 @@ class Schema:
     # Chains and rules
 
     def _rules(self) -> Iterator[tuple[str, list[Expression]]]:
+        queue = self.config.queue
         for reason in DROP_REASONS:
-            yield reason, [nft.counter(), nft.verdict(nft.DROP)]
+            rejected = reason == PAGING_REFUSED and queue is not None and queue.reject
+            end = nft.reject() if rejected else nft.verdict(nft.DROP)
+            yield reason, [nft.counter(), end]
         yield "gate_tcp", [*_NOT_TCP, nft.verdict(nft.ACCEPT)]
         ours = [
             nft.meta_load(nft.META_MARK),
@@ -166,6 +179,8 @@ class Schema:
             yield "forward", [*proto, nft.goto(family.name("forward"))]
             yield from self._gate_rules(family)
             yield from self._tcp_rules(family)
+            if queue is not None:
+                yield from _park_rules(family, queue)
             yield from self._forward_rules(family, ues)
 
     def _gate_rules(self, family: Family) -> Iterator[tuple[str, list[Expression]]]:
@@ -173,7 +188,14 @@ class Schema:
         uplink, downlink = family.name("uplink"), family.name("downlink")
         yield uplink, [*_not_its_own(family), nft.goto("spoofed_source")]
         pass_on = [nft.notrack(), nft.verdict(nft.ACCEPT)]
+        parked = self.config.queue is not None
+        if parked:
+            yield uplink, [*_NOT_TCP, *_fresh_in(family, "hold"), nft.goto(family.name("park"))]
         yield uplink, [*_NOT_TCP, *_steer(family), nft.meta_set(nft.META_MARK), *pass_on]
+        if parked:
+            yield uplink, [*_NOT_TCP, *_pair_in(family, "refused"), nft.goto(PAGING_REFUSED)]
+            first = [*_NOT_TCP, *_fresh_in(family, "subscribed")]
+            yield uplink, [*first, nft.goto(family.name("park"))]
         yield uplink, [*_NOT_TCP, nft.goto("no_lease_uplink")]
         yield downlink, [*_NOT_TCP, *_leased(family), *pass_on]
         yield downlink, [*_NOT_TCP, nft.goto("no_lease_downlink")]
@@ -185,18 +207,26 @@ class Schema:
         draining = [*_key(family, "saddr", "daddr", "ct mark"), nft.in_set(family.name("drain"))]
         to_pinned = [nft.ct_load_mark(), nft.meta_set(nft.META_MARK)]
         yield uplink, [*draining, *to_pinned, nft.verdict(nft.ACCEPT)]
-        # Else it must live where the lease steers; the SYN of an unknown one makes it live there.
-        yield uplink, [nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
-        yield uplink, [*_steer(family), nft.meta_set(nft.META_MARK)]
         syn = [
             nft.payload(nft.TRANSPORT_HEADER, TCP_FLAGS_OFFSET, 1, nft.REG_1),
             nft.mask(bytes([TCP_SYN | TCP_ACK])),
             nft.compare(bytes([TCP_SYN])),
         ]
+        parked = self.config.queue is not None
+        if parked:  # connections that there are go on where they are
+            yield uplink, [*syn, *_fresh_in(family, "hold"), nft.goto(family.name("park"))]
+        # Else it must live where the lease steers; the SYN of an unknown one makes it live there.
+        yield uplink, [*_FRESH, nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
+        yield uplink, [*_steer(family), nft.meta_set(nft.META_MARK)]
         unpinned = [nft.ct_load_mark(), nft.compare(nft.u32(0))]
         yield uplink, [*syn, *unpinned, nft.meta_load(nft.META_MARK), nft.ct_set_mark()]
         same = [*_key(family, "mark", "ct mark"), nft.in_set("same")]
         yield uplink, [*same, nft.verdict(nft.ACCEPT)]
+        if parked:
+            unsteered = [nft.meta_load(nft.META_MARK), nft.compare(nft.u32(0))]
+            first = [*syn, *unsteered, *_pair_in(family, "subscribed")]
+            yield uplink, [*syn, *_pair_in(family, "refused"), nft.goto(PAGING_REFUSED)]
+            yield uplink, [*first, nft.goto(family.name("park"))]
         yield uplink, [nft.goto("no_lease_uplink")]
 
         # What belongs to no connection (conntrack finds it invalid) is at home nowhere.
@@ -221,6 +251,26 @@ _NOT_TCP = [
     nft.meta_load(nft.META_L4PROTO),
     nft.compare(bytes([IPPROTO_TCP]), operator=nft.CMP_NEQ),
 ]
+_FRESH = [  # not parked before
+    nft.meta_load(nft.META_MARK),
+    nft.compare(nft.u32(RELEASED_MARK), operator=nft.CMP_NEQ),
+]
+
+
+def _park_rules(family: Family, queue: PacketQueue) -> Iterator[tuple[str, list[Expression]]]:
+    """To user space, which is not woken by what is beyond the bounds of a UE."""
+    park = family.name("park")
+    yield park, [*_pair_in(family, "overflow"), nft.goto(PAGING_OVERFLOW)]
+    by = nft.queue if queue.by is QueueBy.EXPRESSION else nft.queue_target
+    yield park, [nft.counter(), by(queue.number)]
+
+
+def _pair_in(family: Family, stem: str) -> list[Expression]:
+    return [*_key(family, "saddr", "daddr"), nft.in_set(family.name(stem))]
+
+
+def _fresh_in(family: Family, stem: str) -> list[Expression]:
+    return [*_FRESH, *_pair_in(family, stem)]
 
 
 def _iif_in(name: str) -> list[Expression]:
@@ -278,13 +328,16 @@ def _sets(table: Table) -> Iterator[Message]:
         yield table.set(
             family.name("drain"), (address, address, TYPE_MARK), 2 * size + 4, flags=timed
         )
+        for stem in ("hold", "overflow", "refused"):
+            yield table.set(family.name(stem), (address, address), 2 * size, flags=timed)
+        yield table.set(family.name("subscribed"), (address, address), 2 * size)
 
 
 def _chains(table: Table) -> Iterator[Message]:
     for reason in DROP_REASONS:
         yield table.chain(reason)
     for family in FAMILIES:
-        for stem in ("uplink", "downlink", "uplink_tcp", "downlink_tcp", "forward"):
+        for stem in ("uplink", "downlink", "uplink_tcp", "downlink_tcp", "forward", "park"):
             yield table.chain(family.name(stem))
     yield table.chain("gate", (PREROUTING, PRIORITY_RAW))
     yield table.chain("gate_tcp", (PREROUTING, PRIORITY_MANGLE))

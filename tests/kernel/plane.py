@@ -1,5 +1,6 @@
 """A user plane small enough for a test: two UEs, a UPF with the gate, two anchors, real packets."""
 
+import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -9,9 +10,12 @@ from pathlib import Path
 
 from controlplane.enforcement import Binding, Flow
 from upf import routing
-from upf.config import AnchorPort, Attachment, GateConfig
+from upf.buffering import PacketBuffer
+from upf.config import AnchorPort, Attachment, GateConfig, PacketQueue
+from upf.features import probe
 from upf.gate import Gate
 from upf.netns import Namespace, connect
+from upf.parking import ParkingLimits
 from upf.qos import FIRST_PROFILE
 
 UE = {4: ("10.45.0.1", "10.45.0.2"), 6: ("fd00:45::1", "fd00:45::2")}
@@ -26,10 +30,19 @@ FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 QOS_CLASS = FIRST_PROFILE
 
 
+@functools.cache
+def packet_queue() -> PacketQueue | None:
+    """Return how packets can wait on this kernel; None: they cannot."""
+    return probe().packet_queue()
+
+
 class Plane:
     """Namespaces, links, routes, the gate, and UDP sockets on every host."""
 
-    def __init__(self, *, in_place_renewal: bool = True, fast_path: bool = True) -> None:
+    def __init__(
+        self, *, in_place_renewal: bool = True, fast_path: bool = True, subscribed: bool = False
+    ) -> None:
+        """`subscribed`: UE 1 has a subscription to the service, and packets can wait."""
         self.in_place_renewal = in_place_renewal
         self.fast_path = fast_path
         self.hosts = {name: Namespace() for name in ("ue1", "ue2", "upf", "a", "b")}
@@ -50,11 +63,17 @@ class Plane:
                 for version in (4, 6)
             ),
             qos_classes={"QOS_E": QOS_CLASS},
+            queue=packet_queue() if subscribed else None,
+            subscriptions=tuple(
+                Flow(ip_address(UE[version][0]), ip_address(SERVICE[version]))
+                for version in ((4, 6) if subscribed else ())
+            ),
         )
         self._wire()
         upf = self.hosts["upf"].path
         routing.install(upf, self.config)
         self.gate = self.open_gate()
+        self.buffer = self.open_buffer() if subscribed else None
 
     def open_gate(self, clock: Callable[[], int] = time.monotonic_ns) -> Gate:
         return Gate(
@@ -65,7 +84,13 @@ class Plane:
             clock=clock,
         )
 
+    def open_buffer(self, limits: ParkingLimits | None = None) -> PacketBuffer:
+        assert self.config.queue is not None
+        return PacketBuffer(self.gate, self.hosts["upf"].path, self.config.queue.number, limits)
+
     def close(self) -> None:
+        if self.buffer is not None:
+            self.buffer.close()
         self.gate.close()
         for host in self.hosts.values():
             host.close()
@@ -228,8 +253,10 @@ def _write(path: str, value: str) -> None:
 
 
 @contextmanager
-def plane(*, in_place_renewal: bool = True, fast_path: bool = True) -> Iterator[Plane]:
-    made = Plane(in_place_renewal=in_place_renewal, fast_path=fast_path)
+def plane(
+    *, in_place_renewal: bool = True, fast_path: bool = True, subscribed: bool = False
+) -> Iterator[Plane]:
+    made = Plane(in_place_renewal=in_place_renewal, fast_path=fast_path, subscribed=subscribed)
     try:
         yield made
     finally:

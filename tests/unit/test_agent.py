@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address
@@ -19,11 +19,14 @@ from controlplane.enforcement import (
     Enforced,
     EnforcementError,
     Flow,
+    Hold,
     Install,
     Move,
     Operation,
+    Parked,
     Reconciliation,
     Renew,
+    Resume,
     Revoke,
     StaleEpochError,
     Usage,
@@ -47,11 +50,13 @@ OLD = Binding(
 NEW = replace(OLD, lease_id="60", epoch=4, anchor=None, expires_ns=2**62 + 1)
 EVERY_OPERATION: list[Operation] = [
     *(Install(OLD), Move(NEW, OLD, 2**61), Renew(OLD), Revoke(NEW), EndDrain(OLD)),
+    *(Hold(OLD, 2**61), Resume(OLD)),
 ]
 USAGE = Usage(uplink_packets=1, uplink_bytes=2, downlink_packets=3, downlink_bytes=2**60)
 ENFORCED = Enforced(
     lease_id="60", epoch=4, flow=OLD.flows[1], anchor=None, remaining_ms=5, usage=USAGE
 )
+PARKED = Parked(stored=6, released=1, dropped=2, expired=0, held=3, lost_by_kernel=4)
 RECONCILED = Reconciliation(adopted=("5f",), installed=("60",), removed=())
 
 
@@ -61,6 +66,16 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[Any] = []
         self.refuses: EnforcementError | None = None
+        self.sends: Callable[[Flow], None] = lambda flow: None
+
+    def on_first_packet(self, report: Callable[[Flow], None]) -> None:
+        self.sends = report
+
+    async def refuse(self, flows: Sequence[Flow], backoff_ms: int) -> None:
+        self.asked.append((list(flows), backoff_ms))
+
+    async def parked(self) -> Parked:
+        return PARKED
 
     async def apply(self, operations: Sequence[Operation]) -> None:
         self.asked += operations
@@ -120,6 +135,26 @@ def test_everything_arrives_as_it_was_said(tmp_path: Path) -> None:
             assert user_plane.asked == [*EVERY_OPERATION, [OLD, NEW], [OLD]]
             assert await plane.enforced() == [ENFORCED]
             assert await plane.drops() == {"spoofed_source": 2**40}
+
+    run(work())
+
+
+def test_first_packets_are_told_of_between_answers(tmp_path: Path) -> None:
+    async def work() -> None:
+        path, user_plane = tmp_path / "upf.sock", Recorder()
+        async with agent(path, user_plane), RemoteUserPlane(path) as plane:
+            told: list[Flow] = []
+            plane.on_first_packet(told.append)
+            asked = [asyncio.create_task(plane.drops()) for _ in range(3)]
+            for flow in OLD.flows:
+                user_plane.sends(flow)
+            assert await asyncio.gather(*asked) == [{"spoofed_source": 2**40}] * 3
+            assert await plane.parked() == PARKED
+            assert told == list(OLD.flows)
+            await plane.refuse(OLD.flows, 5_000)
+            assert user_plane.asked == [(list(OLD.flows), 5_000)]
+        await asyncio.sleep(0)
+        user_plane.sends(OLD.flows[0])  # nobody is there to hear it
 
     run(work())
 
