@@ -13,7 +13,7 @@ from controlplane.audit_rules import LATE_NS, SLACK_NS, Counts, Finding, Rule
 from controlplane.audit_state import Flip, LiveLease, Session, Told, Write
 from controlplane.clock import rfc3339
 from controlplane.entries import Entry
-from controlplane.facts import Acknowledged, Started
+from controlplane.facts import Acknowledged, Started, UplinkHeld
 from controlplane.lease import (
     Committed,
     DrainStarted,
@@ -51,6 +51,8 @@ class Auditor:
                 found = self._later(entry, event)
             case Acknowledged():
                 found = self._acknowledged(entry, event)
+            case UplinkHeld():
+                found = self._held(event)
             case _:
                 told.note(event, entry.at_ns)
                 self.counts.starts += isinstance(event, Started)
@@ -94,6 +96,14 @@ class Auditor:
                 yield Rule.ENFORCED_AFTER_COMMIT, f"{name} was at {when}, before its COMMIT"
             elif acknowledged_ns >= lease.deadline_ns + SLACK_NS:
                 yield Rule.NOT_AFTER_EXPIRY, f"{name} was enforced at {when}, it {was_over(lease)}"
+
+    def _held(self, event: UplinkHeld) -> Found:
+        lease, name = self._told.live.get(event.lease_id), f"lease {event.lease_id}"
+        if lease is None or lease.state is not State.COMMITTED:
+            yield Rule.ENFORCED_AFTER_COMMIT, f"{name} was held and does not steer"
+        elif event.until_ns > lease.deadline_ns:
+            when = rfc3339(event.until_ns)
+            yield Rule.NOT_AFTER_EXPIRY, f"{name} is held until {when}; it {was_over(lease)}"
 
     def _prepared(self, entry: Entry, event: Prepared) -> Found:
         told, terms = self._told, event.terms

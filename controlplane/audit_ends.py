@@ -6,7 +6,7 @@ from controlplane.audit_rules import (
     AT_DEADLINE,
     CLOSING_NS,
     LATE_NS,
-    PAGE,
+    PAGES,
     REASONS,
     SLACK_NS,
     Rule,
@@ -65,7 +65,7 @@ def _takes_over(other: LiveLease, lease: LiveLease) -> bool:
         other.state is State.COMMITTED
         and other.terms.session_id != lease.terms.session_id
         and other.terms.tenant == lease.terms.tenant
-        and other.terms.cause != PAGE
+        and other.terms.cause not in PAGES
         and other.committed_at_ns >= lease.committed_at_ns
     )
 

@@ -11,7 +11,8 @@ SLACK_NS = 250 * NS_PER_MS
 # How long after its deadline a lease may still lack its end: the kernel needs nobody to close it.
 LATE_NS = 2_000 * NS_PER_MS
 CLOSING_NS = 1_000 * NS_PER_MS  # how old counts may be that are called closing counts
-PAGE = "PAGE"  # the cause of a lease that somebody paged for
+# The causes of a lease that was paged for: somebody asked, or a UE with a subscription just sent.
+PAGES = frozenset({"PAGE", "FIRST_PACKET"})
 
 
 class Rule(StrEnum):

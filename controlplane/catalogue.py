@@ -94,6 +94,14 @@ class QosProfile(ConfigModel):
         )
 
 
+class Strategy(StrEnum):
+    """How a service's sessions relocate."""
+
+    DRAIN = "drain"  # connections finish where they began, until a deadline; the rest moves
+    FLIP = "flip"  # everything moves; what the old anchor has sent still passes for an instant
+    BUFFER = "buffer"  # as drain; the uplink waits, in order, for a target that is not ready yet
+
+
 class Requirements(ConfigModel):
     """What an anchor must have to run a model."""
 
@@ -123,6 +131,7 @@ class Service(ConfigModel):
     address4: IPv4Address
     address6: IPv6Address
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    relocation: Strategy = Strategy.DRAIN
 
     @model_validator(mode="after")
     def _addresses_are_service_addresses(self) -> Self:

@@ -18,7 +18,15 @@ from controlplane.canonical import canonical
 from controlplane.catalogue import Anchor
 from controlplane.clock import Clock, parse_rfc3339, rfc3339
 from controlplane.enforcement import Flow, Usage
-from controlplane.facts import Acknowledged, Fact, PolicySet, Started, UeMoved
+from controlplane.facts import (
+    Acknowledged,
+    Fact,
+    PolicySet,
+    Started,
+    UeMoved,
+    UplinkHeld,
+    UplinkResumed,
+)
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -61,6 +69,8 @@ _KNOWN = {
         "DrainStarted": ("lease_id", "until"),
         "Ended": ("lease_id", "reason", "usage", "counted"),
         "Acknowledged": ("leases", "acknowledged"),
+        "UplinkHeld": ("lease_id", "until"),
+        "UplinkResumed": ("lease_id",),
         "Started": ("instance",),
         "UeMoved": ("ue", "cell"),
         "PolicySet": ("tenant", "policy"),
@@ -88,6 +98,8 @@ class Codec:
                 "leases": e.lease_ids,
                 "acknowledged": self._at(e.acknowledged_ns),
             },
+            UplinkHeld: lambda e: {"lease_id": e.lease_id, "until": self._at(e.until_ns)},
+            UplinkResumed: lambda e: {"lease_id": e.lease_id},
             Started: lambda e: {"instance": e.instance},
             UeMoved: lambda e: {"ue": e.ue, "cell": e.cell},
             PolicySet: lambda e: {
@@ -113,6 +125,8 @@ class Codec:
                 _all(str, tuple(_typed(list, m["leases"]))),
                 self._instant(m["acknowledged"]),
             ),
+            "UplinkHeld": lambda m: UplinkHeld(_text(m, "lease_id"), self._instant(m["until"])),
+            "UplinkResumed": lambda m: UplinkResumed(_text(m, "lease_id")),
             "Started": lambda m: Started(_text(m, "instance")),
             "UeMoved": lambda m: UeMoved(_text(m, "ue"), _text(m, "cell")),
             "PolicySet": lambda m: PolicySet(

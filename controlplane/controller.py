@@ -47,6 +47,9 @@ class Settings:
 
     prepare_ms: int = 2_000
     drain_ms: int = 10_000
+    flip_drain_ms: int = 100  # of a service that flips: what the old anchor has sent still passes
+    buffer_ms: int = 2_000  # the longest a service that buffers waits for its target
+    refused_ms: int = 5_000  # how long a first packet that was refused is not paged for again
     # An experimental arm: shows what breaking before making costs. Never set it for users.
     allow_break_before_make: bool = False
 
@@ -249,9 +252,9 @@ class Controller:
             self.ledger.pools.release(terms.lease_id)
             self.ledger.expect_no_more(terms)
 
-    def prepare(self, terms: Terms) -> Outcome:
+    def prepare(self, terms: Terms, *, longer_ms: int = 0) -> Outcome:
         """Begin a lease; what it needs is reserved."""
-        until_ns = self.clock.now_ns() + self.settings.prepare_ms * NS_PER_MS
+        until_ns = self.clock.now_ns() + (self.settings.prepare_ms + longer_ms) * NS_PER_MS
         return lease.prepare(terms, until_ns)
 
     def commit(self, prepared: Lease, expires_ns: int) -> Outcome:

@@ -21,6 +21,21 @@ class Acknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class UplinkHeld:
+    """A lease's uplink waits at the user plane while a target gets ready; at most until then."""
+
+    lease_id: str
+    until_ns: int  # CLOCK_MONOTONIC
+
+
+@dataclass(frozen=True, slots=True)
+class UplinkResumed:
+    """What a lease held goes on to where it was going: no target got ready."""
+
+    lease_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class UeMoved:
     """A mobility report: a UE is in another cell (gNB) now."""
 
@@ -36,4 +51,4 @@ class PolicySet:
     policy: Policy
 
 
-Fact = Started | Acknowledged | UeMoved | PolicySet
+Fact = Started | Acknowledged | UplinkHeld | UplinkResumed | UeMoved | PolicySet

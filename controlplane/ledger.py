@@ -13,7 +13,7 @@ from controlplane.admission import Demand, Pools
 from controlplane.clock import NS_PER_S
 from controlplane.codec import Record
 from controlplane.deadlines import Deadlines
-from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
+from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved, UplinkHeld, UplinkResumed
 from controlplane.fleet import Fleet
 from controlplane.lease import (
     Committed,
@@ -210,7 +210,7 @@ class Ledger:
                     self.pools.move_cell(session.session_id, cell)
             case PolicySet(tenant, policy):
                 self.policies[tenant] = policy
-            case Started() | Acknowledged():
+            case Started() | Acknowledged() | UplinkHeld() | UplinkResumed():
                 pass
             case _:
                 self.fleet.fold(event)

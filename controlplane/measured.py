@@ -18,7 +18,7 @@ KIND_OF_TRIGGER = {
     Trigger.FAILURE: Transaction.RELOCATION_RECOVERY,
 }  # of the others, RELOCATION_PLANNED
 # Pages are many, and all of them are in the evidence log.
-_LEVELS = {Transaction.PAGE: logging.DEBUG}
+_LEVELS = {Transaction.PAGE: logging.DEBUG, Transaction.FIRST_PACKET: logging.DEBUG}
 _NO_STEPS: dict[str, int] = {}
 
 log = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ _DURATIONS_S = (
 )
 _DURATIONS_NS = tuple(round(bound_s * NS_PER_S) for bound_s in _DURATIONS_S)
 _SIZES = tuple(2**exponent for exponent in range(11))  # 1 to 1,024
+HELD = "held"  # of what becomes of parked packets, what is still to come
 SUCCESS = "SUCCESS"  # the outcome of a transaction that has no cause of failure
 
 
@@ -33,6 +34,7 @@ class Transaction(StrEnum):
     """What a transaction was for."""
 
     PAGE = "page"
+    FIRST_PACKET = "first_packet"
     RELOCATION_PLANNED = "relocation_planned"
     RELOCATION_HANDOVER = "relocation_handover"
     RELOCATION_LOAD = "relocation_load"
@@ -49,6 +51,7 @@ class Levels:
     sessions: Mapping[str, int] = field(default_factory=dict)
     anchors: Mapping[str, int] = field(default_factory=dict)
     dropped_packets: Mapping[str, int] = field(default_factory=dict)  # since the table was made
+    parked_packets: Mapping[str, int] = field(default_factory=dict)  # by what became of them
     notices: Mapping[str, int] = field(default_factory=dict)  # by what became of them
 
 
@@ -140,6 +143,18 @@ class Metrics:
         for reason, packets in levels.dropped_packets.items():
             dropped.add_metric((reason,), packets)
         yield dropped
+        parked = CounterMetricFamily(
+            "aipaging_parked_packets",
+            "Packets at the queue: stored = released + dropped + expired + aipaging_held_packets.",
+            labels=("outcome",),
+        )
+        held = GaugeMetricFamily("aipaging_held_packets", "Packets that wait for a lease now.")
+        for outcome, packets in levels.parked_packets.items():
+            if outcome == HELD:
+                held.add_metric((), packets)
+            else:
+                parked.add_metric((outcome,), packets)
+        yield from (parked, held)
         notices = CounterMetricFamily(
             "aipaging_notices", "Attempts to deliver notices, by outcome.", labels=("outcome",)
         )

@@ -28,7 +28,8 @@ from controlplane.ranking import Ranking
 from controlplane.resolver import Candidate, Exclusion, Resolution, resolve
 from controlplane.values import value
 
-PAGE = "PAGE"  # the cause of a session's first lease
+PAGE = "PAGE"  # the cause of a session's first lease, somebody having asked for it
+FIRST_PACKET = "FIRST_PACKET"  # its cause where the UE just sent
 NO_CHOICE = Resolution((), (), ())
 
 
@@ -41,6 +42,7 @@ class Page:
     intent: Intent
     key: str | None = None  # idempotency key, as given
     sink: SinkRequest | None = None
+    aisi: str | None = None  # only this service, and nobody asked: the UE sent to it
 
 
 @value(frozen=True, slots=True, kw_only=True)
@@ -69,8 +71,9 @@ class Pager:
 
     async def page(self, page: Page) -> Grant:
         """Resolve an intent and grant a lease. Raises Refusal."""
+        kind = Transaction.PAGE if page.aisi is None else Transaction.FIRST_PACKET
         return await self._controller.measured.run(
-            Transaction.PAGE, self._page_once(page), ue=page.ue, tenant=page.tenant
+            kind, self._page_once(page), ue=page.ue, tenant=page.tenant
         )
 
     async def qos(self, request: QosRequest) -> Grant:
@@ -223,7 +226,9 @@ class Pager:
         else:
             tenant = controller.tenant(page.tenant)
         arp = effective_arp(profile, tenant)
-        resolution = self.resolve(tenant, intent, controller.cell(page.ue))
+        cell = controller.cell(page.ue)
+        resolution = self.resolve(tenant, intent, cell, only_aisi=page.aisi)
+        cause = PAGE if page.aisi is None else FIRST_PACKET
         excluded = list(resolution.excluded)
 
         def ask(candidate: Candidate) -> Ask:
@@ -233,7 +238,7 @@ class Pager:
                     "SESSION_EXISTS", f"{page.ue} already has a session with {service.aisi}"
                 )
             terms = controller.terms(
-                cause=PAGE if again is None else again.cause,
+                cause=cause if again is None else again.cause,
                 tenant=tenant.name,
                 subscriber=subscriber,
                 aisi=service.aisi,
@@ -288,8 +293,9 @@ class Pager:
         only_aisi: str | None = None,
         not_anchor: str | None = None,
         leaving: str | None = None,
+        unready: bool = False,
     ) -> Resolution:
-        """Rank what can serve an intent now, under a tenant's policy.
+        """Rank what can serve an intent now, under a tenant's policy; or soon, if `unready`.
 
         `leaving`: an anchor that is compared with others as if the session were at neither.
         """
@@ -307,6 +313,7 @@ class Pager:
             ledger.fleet.views(slots_used),
             only_aisi=only_aisi,
             not_anchor=not_anchor,
+            unready=unready,
             cell=cell,
             extra=of_policy,
             rank=self._ranking,

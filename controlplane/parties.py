@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
+from controlplane.intent import Intent
 from controlplane.lease import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Subscription:
+    """A service that a UE may just send to: its first packets page for it, with this intent."""
+
+    aisi: str
+    intent: Intent
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +25,7 @@ class Subscriber:
     address6: IPv6Address
     cell: str | None = None  # a gNB; mobility reports move it
     tenant: str = "default"  # whose policy holds when it pages by itself
+    subscriptions: tuple[Subscription, ...] = ()
 
 
 class AnchorRefusedError(Exception):

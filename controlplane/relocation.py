@@ -6,25 +6,38 @@ for the UE. If the source has died there is nothing to keep: the session is anch
 recovery and is called so. If no anchor of its service is left, the intent is paged for anew.
 """
 
+import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 
 from controlplane import lease
 from controlplane.answers import Grant, Refusal
+from controlplane.catalogue import Strategy
 from controlplane.clock import NS_PER_MS
 from controlplane.committer import Change
 from controlplane.controller import Controller
-from controlplane.enforcement import Install, Move, Revoke
+from controlplane.enforcement import (
+    EnforcementError,
+    Hold,
+    Install,
+    Move,
+    Resume,
+    Revoke,
+)
+from controlplane.facts import UplinkHeld, UplinkResumed
 from controlplane.lease import Effect, EndReason, Lease, Outcome, State
 from controlplane.ledger import Session
 from controlplane.measured import KIND_OF_TRIGGER
 from controlplane.metrics import Transaction
 from controlplane.paging import Pager
+from controlplane.parties import AnchorRefusedError
 from controlplane.policy import Arp
 from controlplane.resolver import Candidate, Resolution
 from controlplane.triggers import Trigger, should_move
 
 MOVED = "SESSION_MOVED"  # the cause of a refusal
 BETTER = "better"  # as a target: only to where it is better
+READY_POLL_S = 0.01  # between asking a target that is waited for
 
 
 class Relocator:
@@ -185,6 +198,14 @@ class Relocator:
             tenant, terms.intent, cell, only_aisi=terms.aisi, not_anchor=terms.anchor
         )
         fitting = [c for c in found.candidates if target in (None, c.anchor.name)]
+        if not fitting and self._strategy(terms.aisi) is Strategy.BUFFER:
+            found = self._pager.resolve(
+                *(tenant, terms.intent, cell),
+                only_aisi=terms.aisi,
+                not_anchor=terms.anchor,
+                unready=True,
+            )
+            fitting = [c for c in found.candidates if target in (None, c.anchor.name)]
         if not fitting:
             raise Refusal(
                 "NO_CANDIDATE",
@@ -211,8 +232,14 @@ class Relocator:
                 session_id=terms.session_id,
                 intent=terms.intent,
                 key=terms.key,
-            )
+            ),
+            longer_ms=controller.settings.buffer_ms
+            if self._strategy(terms.aisi) is Strategy.BUFFER
+            else 0,
         )
+
+    def _strategy(self, aisi: str) -> Strategy:
+        return self._controller.catalogue.service(aisi).relocation
 
     async def _move(
         self,
@@ -231,7 +258,11 @@ class Relocator:
                 draining = controller.ledger.in_state(session, State.DRAINING)
                 await controller.end([*draining, source], lease.Revoke())
             await controller.committer.submit(Change(prepared.events))
-            if not await controller.ready(terms.anchor, terms.aisi):
+            if self._strategy(terms.aisi) is Strategy.BUFFER and not break_before_make:
+                ready = await self._ready_or_held(source, terms.anchor)
+            else:
+                ready = await controller.ready(terms.anchor, terms.aisi)
+            if not ready:
                 await controller.abort(prepared.lease)
                 raise Refusal("ANCHOR_NOT_READY", f"{terms.anchor} is not ready")
             prepared_ns = controller.clock.now_ns()
@@ -248,12 +279,46 @@ class Relocator:
             controller.unreserve(terms)
         return controller.answer(granted.lease, resolution, requested_ns, prepared_ns, done)
 
+    async def _ready_or_held(self, source: Lease, target: str) -> bool:
+        """Return whether a target is ready; while it is not, the uplink is held, for a while.
+
+        If it is not in time, what was held goes on to where it was going.
+        """
+        controller, aisi, lease_id = self._controller, source.terms.aisi, source.terms.lease_id
+
+        async def ready() -> bool:
+            try:
+                return await controller.gateway.ready(target, aisi)
+            except AnchorRefusedError:  # not up yet, which is no failure
+                return False
+
+        if await ready():
+            return True
+        until_ns = controller.clock.now_ns() + controller.settings.buffer_ms * NS_PER_MS
+        until_ns = min(until_ns, source.deadline_ns)
+        try:
+            held = Change([UplinkHeld(lease_id, until_ns)], [Hold(source.binding(), until_ns)])
+            await controller.committer.submit(held)
+        except EnforcementError:  # not by this user plane
+            return False
+        while controller.clock.now_ns() < until_ns:
+            await asyncio.sleep(READY_POLL_S)
+            if await ready():
+                return True
+        with suppress(EnforcementError):  # then it ends by itself
+            resumed = Change([UplinkResumed(lease_id)], [Resume(source.binding())])
+            await controller.committer.submit(resumed)
+        return False
+
     def _flip(
         self, granted: Outcome, source: Lease, now_ns: int, break_before_make: bool
     ) -> Change:
         if break_before_make:
             return Change(granted.events, [Install(granted.lease.binding())])
-        drain_until_ns = now_ns + self._controller.settings.drain_ms * NS_PER_MS
+        settings = self._controller.settings
+        flips = self._strategy(source.terms.aisi) is Strategy.FLIP
+        drain_ms = settings.flip_drain_ms if flips else settings.drain_ms
+        drain_until_ns = now_ns + drain_ms * NS_PER_MS
         drained = lease.step(source, lease.Supersede(drain_until_ns), now_ns)
         assert Effect.DRAIN in drained.effects
         flip = Move(granted.lease.binding(), source.binding(), drained.lease.deadline_ns)

@@ -167,15 +167,17 @@ def resolve(
     *,
     only_aisi: str | None = None,
     not_anchor: str | None = None,
+    unready: bool = False,
     cell: str | None = None,
     extra: Extra | None = None,
     rank: Rank | None = None,
 ) -> Resolution:
     """Rank what can serve an intent now.
 
-    `only_aisi` and `not_anchor` narrow a relocation: the same service, somewhere else. `cell`:
-    where the UE is. `extra` returns a constraint and a detail to exclude something else by;
-    `rank`, the relevance of services to a description.
+    `only_aisi` and `not_anchor` narrow a relocation: the same service, somewhere else. `unready`:
+    also anchors that do not say they are ready, for who can wait until they are. `cell`: where the
+    UE is. `extra` returns a constraint and a detail to exclude something else by; `rank`, the
+    relevance of services to a description.
     """
     services = [
         service
@@ -215,7 +217,8 @@ def resolve(
             elif constraints:
                 offer = _Offer(catalogue, service, view, anchor, hosting, latency_ms)
                 broken = _broken(constraints, intent, offer)
-            if broken is None and view.ready_aisis is not None and aisi not in view.ready_aisis:
+            said = view.ready_aisis is not None and aisi in view.ready_aisis
+            if broken is None and view.ready_aisis is not None and not (said or unready):
                 broken = "readiness", f"does not say that {aisi} is ready"
             if broken is None and extra is not None:
                 broken = extra(service, anchor)
@@ -224,8 +227,7 @@ def resolve(
                 continue
             load = max(view.slots_used / anchor.slots, view.load)
             score = latency_ms / LATENCY_SCALE_MS + anchor.cost / COST_SCALE + load + text[aisi]
-            ready = None if view.ready_aisis is None else True
-            candidate = Candidate(service, anchor, latency_ms, score, ready)
+            candidate = Candidate(service, anchor, latency_ms, score, True if said else None)
             if view.slots_used < anchor.slots:
                 candidates.append(candidate)
             else:

@@ -24,9 +24,10 @@ from controlplane.codec import Record
 from controlplane.committer import Committer
 from controlplane.controller import Controller, Settings
 from controlplane.delivery import Dispatcher, Outbox
-from controlplane.enforcement import Address, Enforcer
+from controlplane.enforcement import Address, Enforcer, FirstPackets
 from controlplane.event_stream import Broadcaster
 from controlplane.evidence import EvidenceLog
+from controlplane.first_packets import FirstPacketPager
 from controlplane.fleet import Fleet
 from controlplane.keys import KeyRing
 from controlplane.lease import Lease, Terms
@@ -113,6 +114,7 @@ class Service:
         gateway: AnchorGateway,
         clock: Clock,
         options: Options,
+        first_packets: FirstPackets | None = None,
     ) -> None:
         """Replay the store's evidence. Raises StoreError, FleetError, ValueError."""
         self._clock = clock
@@ -157,6 +159,9 @@ class Service:
         )
         pager = Pager(controller)
         relocator = Relocator(controller, pager)
+        self._first_packets = None
+        if first_packets is not None:
+            self._first_packets = FirstPacketPager(controller, pager, first_packets)
         self._keeper = Keeper(
             controller, relocator, Triggers(options.triggers), network.cells.keys()
         )
@@ -175,6 +180,7 @@ class Service:
             stream=self._stream,
             metrics=self._metrics,
             anchor_by_address=network.anchor_addresses,
+            first_packets=first_packets,
             allow_http_sinks=options.allow_http_sinks,
         )
 
@@ -189,8 +195,12 @@ class Service:
             tasks.append(asyncio.create_task(self._keeper.run(), name="keeper"))
             tasks.append(asyncio.create_task(self._dispatcher.run(), name="dispatcher"))
             tasks.append(asyncio.create_task(self._rotate_keys(), name="keys"))
+            if self._first_packets is not None:
+                self._first_packets.start()
             yield self.plane
         finally:
+            if self._first_packets is not None:
+                await self._first_packets.wait()
             self._stream.close()
             for task in tasks:
                 task.cancel()
@@ -220,6 +230,7 @@ class Service:
             sessions={"LIVE": ledger.live_sessions},
             anchors=anchors,
             dropped_packets=self.plane.drops,
+            parked_packets=asdict(self.plane.parked),
             notices=asdict(self._dispatcher.counts),
         )
 

@@ -11,7 +11,7 @@ from controlplane.clock import Clock, rfc3339
 from controlplane.codec import Record
 from controlplane.event_stream import StreamEvent
 from controlplane.evidence import EvidenceLog
-from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
+from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved, UplinkHeld, UplinkResumed
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -31,7 +31,7 @@ from controlplane.lease import (
 )
 from controlplane.ledger import Ledger
 from controlplane.notifications import Change, QosStatus, StatusInfo
-from controlplane.paging import PAGE
+from controlplane.paging import FIRST_PACKET, PAGE
 from controlplane.store import Notice
 from controlplane.triggers import Trigger
 
@@ -143,7 +143,7 @@ class Teller:
 
 def change_of(terms: Terms) -> Change:
     """Return what the COMMIT of a lease under these terms is to its session."""
-    if terms.cause == PAGE:
+    if terms.cause in (PAGE, FIRST_PACKET):
         return Change.COMMITTED
     return Change.RECOVERED if terms.cause in RECOVERY else Change.RELOCATED
 
@@ -176,6 +176,8 @@ def stream_event(
             return StreamEvent(index, kind, data | {"ue": ue, "gnb": cell}, None, ue)
         case PolicySet(tenant, _):
             return StreamEvent(index, kind, data, tenant, None)
+        case UplinkHeld(lease_id, _) | UplinkResumed(lease_id):
+            terms = terms_of(lease_id)
         case Started() | Acknowledged():
             pass
     if terms is None:

@@ -13,7 +13,7 @@ from controlplane.catalogue import load_catalogue
 from scripts.errors import EXIT_FAILED, UserError, require_root
 from scripts.experiments.common import BUILT_IN_CATALOGUE, STATE_FOLDER
 from scripts.testbed import Testbed, check
-from scripts.testbed_config import CONTROL_PORT
+from scripts.testbed_config import CONTROL_PORT, subscriptions
 from topologies import addressing, lifecycle
 from topologies.endpoints import ue
 from topologies.isolation import scratch_dir
@@ -35,8 +35,13 @@ from upf.features import probe
     type=click.Path(file_okay=False, path_type=Path),
     help="Where the control plane keeps its store and keys; by default they go with the network.",
 )
+@click.option(
+    "--subscribe",
+    is_flag=True,
+    help="Every UE has a subscription to every service: it just sends, and is paged for.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
-def up(file: str, catalogue: Path, state: Path | None, as_json: bool) -> None:
+def up(file: str, catalogue: Path, state: Path | None, subscribe: bool, as_json: bool) -> None:
     """Start the network of FILE (or a built-in one), its anchors and its controller.
 
     \b
@@ -52,11 +57,16 @@ def up(file: str, catalogue: Path, state: Path | None, as_json: bool) -> None:
     services = load_catalogue(catalogue)
     check(spec, services)
     features = probe()
+    if subscribe and features.packet_queue() is None:
+        raise UserError("--subscribe: this kernel has no packet queue; see aipaging doctor")
     kept = state.resolve() if state else None
 
     def furnish(network: Network) -> AbstractContextManager[object]:
         folder = scratch_dir()
-        return Testbed(network, services, features, folder, kept or folder / STATE_FOLDER)
+        return Testbed(
+            *(network, services, features, folder, kept or folder / STATE_FOLDER),
+            subscriptions=subscriptions(services) if subscribe else (),
+        )
 
     registration = lifecycle.up(spec, furnish)
     if as_json:

@@ -9,7 +9,7 @@ from controlplane.clock import rfc3339
 from controlplane.codec import Record
 from controlplane.enforcement import Usage
 from controlplane.entries import UTC_CLOCK, Chain, Entry, EntryError
-from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
+from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved, UplinkHeld, UplinkResumed
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -45,6 +45,10 @@ class Story:
             case Acknowledged(lease_ids, acknowledged_ns):
                 for lease_id in lease_ids:
                     self._tell(entry, lease_id, f"enforced since {_time(acknowledged_ns)}")
+            case UplinkHeld(lease_id, until_ns):
+                self._tell(entry, lease_id, f"uplink held until {_time(until_ns)} at the latest")
+            case UplinkResumed(lease_id):
+                self._tell(entry, lease_id, "what was held went on: no target got ready")
             case event:
                 self.network.append(f"{_when(entry)}  {_fact(event)}")
 

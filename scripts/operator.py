@@ -119,7 +119,8 @@ def draw_sessions(answer: Any) -> RenderableType:
             f"{down:,}",
         )
     drops = ", ".join(f"{reason} {count:,}" for reason, count in status["drops"].items())
-    lines = [f"dropped by the gate: {drops}"]
+    parked = ", ".join(f"{outcome} {count:,}" for outcome, count in status["parked"].items())
+    lines = [f"dropped by the gate: {drops}", f"waited for a lease: {parked}"]
     if (hidden := answer["total"] - len(sessions)) > 0:
         lines.insert(0, f"and {hidden:,} more")
     return Group(table, Text("\n".join(lines)))

@@ -43,9 +43,8 @@ from controlplane.tracing import TracingUnavailable, configure_tracing
 from controlplane.triggers import TriggerSettings
 from scripts import evidence_files, user_plane
 from scripts.errors import UserError, require_root
-from scripts.user_plane import UserPlaneConfig, install, remove
+from scripts.user_plane import UserPlaneConfig, remove
 from upf.config import AnchorPort
-from upf.gate import Gate
 from upf.local import LocalUserPlane
 from upf.remote import RemoteUserPlane
 
@@ -119,11 +118,10 @@ class HttpAnchors:
 
 @contextlib.asynccontextmanager
 async def enforcing(
-    config: ServeConfig, gate: Gate | None
+    config: ServeConfig, local: LocalUserPlane | None
 ) -> AsyncIterator[LocalUserPlane | RemoteUserPlane]:
-    """Yield the user plane: the gate in this process, or the one behind a socket."""
-    if gate is not None:
-        local = LocalUserPlane(gate)
+    """Yield the user plane: the one in this process, or that behind a socket."""
+    if local is not None:
         local.follow_routes(asyncio.get_running_loop())
         yield local
     else:
@@ -132,14 +130,14 @@ async def enforcing(
             yield remote
 
 
-async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate | None) -> None:
-    """Serve until SIGTERM or SIGINT. Without a gate the user plane is that of `upf_socket`."""
+async def serve(config: ServeConfig, catalogue: Catalogue, local: LocalUserPlane | None) -> None:
+    """Serve until SIGTERM or SIGINT; `local`: None if the user plane is that of `upf_socket`."""
     tenants = load_tenants(config.tenants) if config.tenants else Tenants()
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = SqliteStore(config.state / STORE_FILE)
     async with contextlib.AsyncExitStack() as undo:
         undo.enter_context(contextlib.closing(store))
-        enforcer = await undo.enter_async_context(enforcing(config, gate))
+        enforcer = await undo.enter_async_context(enforcing(config, local))
         clock = Clock()
         service = Service(
             catalogue=catalogue,
@@ -150,6 +148,7 @@ async def serve(config: ServeConfig, catalogue: Catalogue, gate: Gate | None) ->
             keys=KeyRing.open(config.state / KEYS_FOLDER, clock.to_unix_ns(clock.now_ns())),
             evidence_key=_evidence_key(config.state / EVIDENCE_KEY_FILE),
             enforcer=enforcer,
+            first_packets=enforcer,
             gateway=HttpAnchors(catalogue, config.anchors),
             clock=clock,
             options=Options(
@@ -209,7 +208,7 @@ def _ready() -> None:
 
 def write_config(path: Path, config: ServeConfig) -> None:
     """Write a configuration as JSON, which is YAML."""
-    path.write_bytes(TypeAdapter(ServeConfig).dump_json(config))
+    path.write_bytes(TypeAdapter(ServeConfig).dump_json(config, by_alias=True))
 
 
 @click.command()
@@ -255,9 +254,9 @@ def command(file: Path, only_remove: bool, log_level: str) -> None:
     try:
         catalogue = load_catalogue(config.catalogue)
         with contextlib.ExitStack() as undo:
-            gate = None
+            local = None
             if config.upf_socket is None:  # before the event loop: pyroute2 runs one of its own
-                gate = undo.enter_context(contextlib.closing(install(config, catalogue)))
-            uvloop.run(serve(config, catalogue, gate))
+                local = undo.enter_context(user_plane.user_plane(config, catalogue))
+            uvloop.run(serve(config, catalogue, local))
     except FAILURES as error:
         raise UserError(str(error)) from error

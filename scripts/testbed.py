@@ -15,6 +15,7 @@ import httpx
 from controlplane.catalogue import Catalogue
 from controlplane.configfile import ConfigError
 from controlplane.controller import Settings
+from controlplane.parties import Subscription
 from scripts.errors import UserError
 from scripts.evidence_files import CHECKPOINT_FILE, VKEY_FILE, write
 from scripts.serve import write_config
@@ -65,7 +66,9 @@ class Testbed:
         *,
         settings: Settings | None = None,
         failure_detection_ms: int = FAILURE_DETECTION_MS,
+        subscriptions: tuple[Subscription, ...] = (),
     ) -> None:
+        """`subscriptions`: of every UE."""
         self.catalogue = with_n6_capacity(
             catalogue, (anchor.spec for anchor in network.anchors.values())
         )
@@ -75,6 +78,7 @@ class Testbed:
         self.state = state
         self._settings = settings or Settings()
         self._failure_detection_ms = failure_detection_ms
+        self._subscriptions = subscriptions
         self._stack = ExitStack()
         self._programs: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -249,6 +253,7 @@ class Testbed:
             settings=self._settings,
             failure_detection_ms=self._failure_detection_ms,
             features=self._features,
+            subscriptions=self._subscriptions,
         )
         write_config(folder / "serve.yaml", config)
 

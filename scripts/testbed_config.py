@@ -6,7 +6,8 @@ from pathlib import Path
 
 from controlplane.catalogue import Anchor, Catalogue
 from controlplane.controller import Settings
-from controlplane.parties import Subscriber
+from controlplane.intent import Intent
+from controlplane.parties import Subscriber, Subscription
 from scripts.serve import ServeConfig
 from scripts.user_plane import CellConfig
 from topologies.network import Network
@@ -37,6 +38,13 @@ def with_n6_capacity(catalogue: Catalogue, anchors: Iterable[AnchorSpec]) -> Cat
     return Catalogue.model_validate(described)
 
 
+def subscriptions(catalogue: Catalogue) -> tuple[Subscription, ...]:
+    """Return one subscription to each service, with the plainest intent."""
+    return tuple(
+        Subscription(service.aisi, Intent(task=service.task)) for service in catalogue.services
+    )
+
+
 def serve_config(
     network: Network,
     *,
@@ -46,8 +54,9 @@ def serve_config(
     settings: Settings,
     failure_detection_ms: int,
     features: Features,
+    subscriptions: tuple[Subscription, ...],
 ) -> ServeConfig:
-    """Describe an emulated network to the control plane."""
+    """Describe an emulated network to the control plane; every UE has the subscriptions."""
     cells = {}
     for gnb in network.gnbs.values():
         # The UPF queues where the cell would: its N3 interfaces are no faster than the cell.
@@ -79,7 +88,10 @@ def serve_config(
             for anchor in network.anchors.values()
         ),
         subscribers=tuple(
-            Subscriber(ue.name, ue.address4, ue.address6, ue.serving_gnb) for ue in network.ues
+            Subscriber(
+                *(ue.name, ue.address4, ue.address6, ue.serving_gnb), subscriptions=subscriptions
+            )
+            for ue in network.ues
         ),
         settings=settings,
         failure_detection_ms=failure_detection_ms,

@@ -24,6 +24,8 @@ WORDS = {
     "Renewed": "extended",
     "DrainStarted": "drains",
     "Ended": "ended",
+    "UplinkHeld": "uplink held",
+    "UplinkResumed": "goes on",
     "AnchorRegistered": "registered",
     "AnchorDraining": "drains",
     "AnchorDeregistered": "deregistered",

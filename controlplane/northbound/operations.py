@@ -1,9 +1,11 @@
 """For the operator, and for whoever verifies: status, mobility, policies, keys, metrics."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic.alias_generators import to_camel
 
 from controlplane.intent import Name
 from controlplane.jsonmodel import JsonModel
@@ -52,6 +54,7 @@ async def status(caller: Identified, plane: Plane) -> Response:
         {
             "enforced": enforced,
             "drops": await controller.enforcer.drops(),
+            "parked": {to_camel(name): n for name, n in asdict(await plane.read_parked()).items()},
             "slotsUsed": dict(controller.ledger.pools.slots_used()),
             "sessions": controller.ledger.live_sessions,
             "evidence": {"entries": plane.log.size, "root": plane.log.root().hex()},
@@ -130,5 +133,6 @@ async def metrics(caller: Identified, plane: Plane) -> Response:
     """Return the metrics, for the operator."""
     caller.require_operator()
     plane.drops.update(await plane.controller.enforcer.drops())
+    await plane.read_parked()
     body, content_type = plane.metrics.exposition()
     return Response(body, headers={"content-type": content_type})

@@ -11,7 +11,7 @@ from controlplane.access_tokens import TokenService
 from controlplane.answers import Refusal
 from controlplane.checkpoint import Signer
 from controlplane.controller import Controller
-from controlplane.enforcement import Address
+from controlplane.enforcement import Address, FirstPackets, Parked
 from controlplane.event_stream import Broadcaster
 from controlplane.evidence import EvidenceLog
 from controlplane.keys import KeyRing
@@ -42,6 +42,8 @@ class ControlPlane:
     anchor_by_address: Mapping[Address, str]
     allow_http_sinks: bool = False
     ue_by_address: dict[Address, str] = field(init=False)
+    first_packets: FirstPackets | None = None  # of the user plane
+    parked: Parked = field(default_factory=Parked)  # when it was read last
     drops: dict[str, int] = field(default_factory=dict)  # by reason, when they were read last
 
     def __post_init__(self) -> None:
@@ -65,6 +67,12 @@ class ControlPlane:
         if ue is None:
             raise Refusal("UE_UNKNOWN", "no UE of this network has this address")
         return ue
+
+    async def read_parked(self) -> Parked:
+        """Return what became of packets that waited at the user plane."""
+        if self.first_packets is not None:
+            object.__setattr__(self, "parked", await self.first_packets.parked())
+        return self.parked
 
     def unix_s(self) -> float:
         """Return the present, Unix seconds."""

@@ -35,8 +35,7 @@ from controlplane.sqlite_store import SqliteStore
 from scripts.bench.control_parts import WRITE, Parts
 from scripts.bench.control_world import ANCHOR, FAILURE_DETECTION_MS, TASKS, World, catalogue
 from scripts.serve import HttpAnchors
-from scripts.user_plane import install
-from upf.local import LocalUserPlane
+from scripts.user_plane import user_plane
 
 LEASE_MS = 3_600_000
 
@@ -135,7 +134,7 @@ def main() -> None:
     with ExitStack() as undo:
         world = World(folder, asked["ues"], undo)
         listed = catalogue()
-        gate = undo.enter_context(closing(install(world.config, listed)))
+        enforcer = undo.enter_context(user_plane(world.config, listed))
         world.config.state.mkdir(mode=0o700)
         store = undo.enter_context(closing(SqliteStore(world.config.state / "control.db")))
         clock = Clock()
@@ -149,7 +148,7 @@ def main() -> None:
                 outbox=SqliteOutbox(store),
                 keys=KeyRing.open(world.config.state / "keys", time.time_ns()),
                 evidence_key=generate_key(world.config.state / "evidence.key"),
-                enforcer=LocalUserPlane(gate),
+                enforcer=enforcer,
                 gateway=HttpAnchors(listed, world.config.anchors),
                 clock=clock,
                 options=Options(failure_detection_ms=FAILURE_DETECTION_MS),

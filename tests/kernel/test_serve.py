@@ -1,7 +1,10 @@
 """docs/serving.md done: a plain router, its daemon, anchors and UEs in namespaces, real packets."""
 
+import errno
+import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from router_site import INTENT, LEFT_OVER, SERVICES, UES, Site
+from router_site import INTENT, LEFT_OVER, PORT, SERVICES, UES, Site
 
 from topologies.endpoints.ue import Answer, stream
 
@@ -118,3 +121,70 @@ def test_only_root_gets_at_the_operators_socket_and_the_keys(site: Site) -> None
     assert result.returncode == 1
     assert "another controller is using it" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one process", "upf apart"])
+def test_a_ue_with_a_subscription_just_sends(site: Site, apart: bool) -> None:
+    """Its first datagram and its first connection get there; what policy refuses, it is told of."""
+    given = (
+        "subscriptions: [{aisi: chat.example, intent: {task: text-generation, durationMs: 2000}}]"
+    )
+    for file in (site.config, site.user_plane):
+        text = file.read_text()
+        for _, address in UES.values():
+            text = text.replace(f'"{address}"', f'"{address}", {given}')
+        file.write_text(text)
+    tenants = site.folder / "tenants.yaml"
+    tenants.write_text(tenants.read_text().replace("maxSessions: 100", "maxSessions: 0"))
+    if apart:
+        with site.config.open("a") as config:
+            config.write(f"upf_socket: {site.folder}/run/upf.sock\n")
+        site.hold_user_plane()
+    site.serve()
+    site.start_anchors()
+    assert site.reached("ue1", 6) == "edge1"
+    assert site.reached("ue1", 4) == "edge1"
+    [session] = site.operator("GET", "/sessions")["sessions"]
+    assert (session["ue"], session["commits"][0]["cause"]) == ("ue1", "FIRST_PACKET")
+
+    # Its lease over, a connection begins the next.
+    def ask() -> int:
+        with socket.create_connection(
+            (SERVICES[4], 8000), timeout=3, source_address=(UES["ue1"][0], 0)
+        ) as connection:
+            connection.sendall(b"GET /ready HTTP/1.1\r\nHost: chat\r\nConnection: close\r\n\r\n")
+            return int(connection.recv(100).split()[1])
+
+    while site.operator("GET", "/sessions")["sessions"]:
+        time.sleep(0.05)
+    assert site.hosts["ue"].run(ask) == 200
+
+    # The clinic's UE has no quota left: its socket says so.
+    def refused(family: socket.AddressFamily, source: str, service: str) -> int:
+        with socket.socket(family, socket.SOCK_DGRAM) as sender:
+            sender.bind((source, PORT))
+            sender.connect((service, PORT))
+            sender.settimeout(3)
+            sender.send(b"?")
+            with pytest.raises(OSError) as told:
+                sender.recv(10)
+            return told.value.errno or 0
+
+    for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+        asked = functools.partial(refused, family, UES["ue2"][version == 6], SERVICES[version])
+        prohibited = errno.EACCES if version == 6 else errno.EHOSTUNREACH
+        assert site.hosts["ue"].run(asked) == prohibited
+    status = site.operator("GET", "/status")
+    parked = status["parked"]
+    assert parked["stored"] == parked["released"] + parked["dropped"]
+    assert parked["released"] in (2, 3)  # the second family's datagram may meet the first's hold
+    assert parked["dropped"] == 1  # one answer holds for both families
+    assert status["drops"]["paging_refused"] == 2
+
+    # All of it is in the evidence.
+    assert site.end("daemon", signal.SIGTERM) == 0
+    state, log = site.folder / "state", site.folder / "evidence.jsonl"
+    aipaging = [sys.executable, "-m", "scripts.cli", "evidence"]
+    site.run("router", [*aipaging, "export", str(state / "control.db"), str(log)])
+    site.run("router", [*aipaging, "verify", str(log), "--key", str(state / "evidence.vkey")])
+    assert log.read_text().count('"cause":"FIRST_PACKET"') == 2

@@ -14,6 +14,7 @@ from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.controller import Settings
 from scripts.experiments.common import BUILT_IN_CATALOGUE, STATE_FOLDER
 from scripts.testbed import FAILURE_DETECTION_MS, Testbed
+from scripts.testbed_config import subscriptions
 from topologies.hosts import Host
 from topologies.isolation import run_isolated, scratch_dir
 from topologies.network import Network
@@ -51,21 +52,24 @@ def on_a_testbed(
     catalogue: Catalogue | None = None,
     failure_detection_ms: int = FAILURE_DETECTION_MS,
     settings: Settings | None = None,
+    subscribe: bool = False,
 ) -> None:
     """Run `body` on a testbed of its own: the topology two-edge."""
 
     def inside() -> None:
         folder = scratch_dir()
+        services = catalogue or load_catalogue(BUILT_IN_CATALOGUE)
         with (
             Network(load_topology("two-edge")) as network,
             Testbed(
                 network,
-                catalogue or load_catalogue(BUILT_IN_CATALOGUE),
+                services,
                 probe(),
                 folder,
                 folder / STATE_FOLDER,
                 failure_detection_ms=failure_detection_ms,
                 settings=settings,
+                subscriptions=subscriptions(services) if subscribe else (),
             ) as testbed,
         ):
             body(testbed)

@@ -14,11 +14,14 @@ from controlplane.enforcement import (
     Enforced,
     EnforcementError,
     Flow,
+    Hold,
     Install,
     Move,
     Operation,
+    Parked,
     Reconciliation,
     Renew,
+    Resume,
     Revoke,
     StaleEpochError,
     Usage,
@@ -129,6 +132,7 @@ class FakeEnforcer:
         self._drain: dict[Flow, dict[str, tuple[Binding, int]]] = {}  # lease -> until
         self._epoch: dict[Flow, int] = {}
         self._since: dict[str, int] = {}  # by lease id, when its elements were made
+        self.held: dict[str, int] = {}  # by lease id, until when
         self.gate = Gate()
         self.applied: list[tuple[Operation, ...]] = []
         self.batches = 0  # tried
@@ -272,10 +276,33 @@ class FakeEnforcer:
             case EndDrain(old):
                 for flow in old.flows:
                     self._drain.get(flow, {}).pop(old.lease_id, None)
+            case Hold(binding, until_ns):
+                assert self._steer[binding.flows[0]] == binding, "held what does not steer"
+                assert until_ns <= binding.expires_ns
+                self.held[binding.lease_id] = until_ns
+            case Resume(binding):
+                del self.held[binding.lease_id]
 
     def _fence(self, binding: Binding, flow: Flow, *, at_least: int) -> None:
         if binding.epoch < at_least:
             raise StaleEpochError(f"epoch {binding.epoch}, the kernel is at {at_least}")
+
+
+class FakeFirstPackets:
+    """Where first packets wait; `sends` is a packet of a flow without a lease."""
+
+    def __init__(self) -> None:
+        self.sends: Callable[[Flow], None] = lambda flow: None
+        self.refused: list[tuple[tuple[Flow, ...], int]] = []  # flows, ms
+
+    def on_first_packet(self, report: Callable[[Flow], None]) -> None:
+        self.sends = report
+
+    async def refuse(self, flows: Sequence[Flow], backoff_ms: int) -> None:
+        self.refused.append((tuple(flows), backoff_ms))
+
+    async def parked(self) -> Parked:
+        return Parked()
 
 
 class FakeGateway:

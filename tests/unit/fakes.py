@@ -19,7 +19,14 @@ from typing import Any, Self
 from unittest.mock import Mock, patch
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from fake_parts import FakeEnforcer, FakeGateway, FakeOutbox, FileStore, MemoryStore
+from fake_parts import (
+    FakeEnforcer,
+    FakeFirstPackets,
+    FakeGateway,
+    FakeOutbox,
+    FileStore,
+    MemoryStore,
+)
 from fake_time import FakeClock, FakeTimeLoop, Gate
 
 from controlplane import canonical
@@ -35,7 +42,7 @@ from controlplane.intent import Intent
 from controlplane.keys import KeyRing
 from controlplane.lease import Lease
 from controlplane.paging import Page, QosRequest
-from controlplane.parties import Subscriber
+from controlplane.parties import Subscriber, Subscription
 from controlplane.policy import Policy, Tenant, Tenants
 from controlplane.service import Network, Options, Service
 from controlplane.triggers import TriggerSettings
@@ -78,9 +85,14 @@ def catalogue(text: str = CATALOGUE) -> Catalogue:
     return parse_yaml(text, Catalogue, "catalogue.yaml")
 
 
-def subscribers() -> list[Subscriber]:
+def subscribers(subscription: Subscription | None = None) -> list[Subscriber]:
+    """Every UE has the subscription."""
+    subscriptions = () if subscription is None else (subscription,)
     return [
-        Subscriber(ue, IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n}"), "gnb1")
+        Subscriber(
+            *(ue, IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n}"), "gnb1"),
+            subscriptions=subscriptions,
+        )
         for n, ue in enumerate(UES, start=1)
     ]
 
@@ -102,6 +114,7 @@ class World:
         tenants: Mapping[str, Policy] | None = None,
         cells: Mapping[str, Rates] = CELLS,
         anchors: Sequence[str] = ("edge1", "edge2", "edge3", "cloud"),
+        subscription: Subscription | None = None,
     ) -> None:
         """With a folder the store is a file in it, else it is in memory."""
         self.folder = folder
@@ -110,11 +123,15 @@ class World:
         self.catalogue = catalogue(catalogue_text)
         self.gateway = FakeGateway(self.trace)
         self.enforcer = FakeEnforcer(self.clock, self.trace)
+        self.first_packets = FakeFirstPackets()
         self._tenants = Tenants(
             tenants=tuple(Tenant(name=name, policy=p) for name, p in (tenants or {}).items())
         )
         self._network = Network(
-            subscribers=subscribers(), cells=cells, attachment_points=anchors, anchor_addresses={}
+            subscribers=subscribers(subscription),
+            cells=cells,
+            attachment_points=anchors,
+            anchor_addresses={},
         )
         self._options = Options(
             settings=settings or Settings(prepare_ms=PREPARE_MS, drain_ms=DRAIN_MS),
@@ -167,6 +184,7 @@ class World:
                 keys=KEYS,
                 evidence_key=KEY,
                 enforcer=self.enforcer,
+                first_packets=self.first_packets,
                 gateway=self.gateway,
                 clock=self.clock,  # type: ignore[arg-type]
                 options=self._options,

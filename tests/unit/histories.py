@@ -8,7 +8,7 @@ from controlplane.clock import NS_PER_S
 from controlplane.codec import Record
 from controlplane.enforcement import Flow, Usage
 from controlplane.entries import Chain, Entry
-from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
+from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved, UplinkHeld, UplinkResumed
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -151,6 +151,9 @@ EVERYTHING: list[Write] = [
     *MOVE,  # session s, of ue1
     (20, [renewed("b", 90), prepared("c", 1, "t", ue="ue2"), committed("c", 80)]),
     (20.1, [acknowledged("c", when=20.05), UeMoved("ue2", "gnb2"), AnchorFailed("edge1", "dead")]),
+    # a target that did not get ready in time
+    (20.2, [UplinkHeld("b", at(22))]),
+    (20.25, [UplinkResumed("b")]),
     # recovery: its anchor is dead
     (
         20.3,

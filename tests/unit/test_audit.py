@@ -27,7 +27,7 @@ from controlplane.audit import audit
 from controlplane.audit_rules import CLOSING_NS, LATE_NS, SLACK_NS, Rule
 from controlplane.clock import NS_PER_S
 from controlplane.entries import Entry
-from controlplane.facts import PolicySet, Started
+from controlplane.facts import PolicySet, Started, UplinkHeld
 from controlplane.fleet import AnchorFailed, AnchorRecovered
 from controlplane.lease import Committed, DrainStarted, Ended, EndReason, Prepared
 from controlplane.policy import Policy
@@ -225,6 +225,12 @@ BREACHES: list[tuple[str, Sequence[Write], list[tuple[int, Rule]]]] = [
         "a session that was over",
         [*PAGE, (5, [ended("a", RELEASED, 5)]), (6, [prepared("b", 2), committed("b")])],
         [(5, Rule.NO_GAP)],
+    ),
+    ("held beyond its end", [*PAGE, (5, [UplinkHeld("a", at(61))])], [(3, Rule.NOT_AFTER_EXPIRY)]),
+    (
+        "held while it drains",
+        [*MOVE[:-1], (10.5, [UplinkHeld("a", at(10.9))])],
+        [(6, Rule.ENFORCED_AFTER_COMMIT)],
     ),
     ("recovery from a live anchor", [*PAGE, recovery()], [(5, Rule.END_REASON)]),
     (

@@ -14,7 +14,7 @@ from controlplane.clock import NS_PER_S
 from controlplane.codec import Codec, Record
 from controlplane.enforcement import Flow, Usage
 from controlplane.entries import NO_ENTRY, UTC_CLOCK, Chain, EntryError, entry_digest
-from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved
+from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved, UplinkHeld, UplinkResumed
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -102,6 +102,8 @@ OF_KIND: dict[type, st.SearchStrategy[Record]] = {
     | st.builds(Ended, texts, st.sampled_from(EndReason), usages, instants),
     Acknowledged: st.builds(Acknowledged, st.lists(texts, max_size=4).map(tuple), instants),
     Started: st.builds(Started, texts),
+    UplinkHeld: st.builds(UplinkHeld, texts, instants),
+    UplinkResumed: st.builds(UplinkResumed, texts),
     UeMoved: st.builds(UeMoved, texts, texts),
     PolicySet: st.builds(PolicySet, texts, policies),
     AnchorRegistered: st.builds(AnchorRegistered, anchors, texts),

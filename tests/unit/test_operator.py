@@ -67,6 +67,7 @@ class Canned:
             "GET /status": {
                 "enforced": [COUNTS, COUNTS],
                 "drops": {"no_lease": 7},
+                "parked": {"stored": 3, "released": 3},
                 "evidence": {"entries": 6},
             },
             "GET /anchors": {"anchors": [ANCHOR, SILENT]},

@@ -12,6 +12,7 @@ from controlplane.catalogue import Catalogue
 from controlplane.configfile import parse_yaml
 from controlplane.policy import Tenants
 from scripts import cli, client_secret
+from scripts.errors import UserError
 from scripts.serve import ServeConfig
 from topologies.endpoints.anchor_server import Service
 
@@ -39,6 +40,19 @@ def test_files_fit_together() -> None:
         known = catalogue.service(aisi)
         assert (service.task, service.model, service.port) == (known.task, known.model, known.port)
         assert service.addresses == {known.address4, known.address6}
+
+
+@pytest.mark.parametrize(
+    ("aisi", "task"), [("no.such", "text-generation"), ("chat.example", "translation")]
+)
+def test_a_subscription_is_for_a_service_that_there_is(aisi: str, task: str) -> None:
+    text, there = block("# /etc/aipaging/router.yaml"), '"fd00:45::1", cell: gnb1'
+    assert there in text
+    given = f"subscriptions: [{{aisi: {aisi}, intent: {{task: {task}}}}}]"
+    config = parse_yaml(text.replace(there, f"{there}, {given}"), ServeConfig, "router.yaml")
+    catalogue = parse_yaml(block("# /etc/aipaging/catalogue.yaml"), Catalogue, "catalogue.yaml")
+    with pytest.raises(UserError, match=f"ue1: the catalogue has no service {aisi} that does"):
+        config.subscribed(catalogue)
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"aipaging ([a-z-]+)", DOCUMENT))))
