@@ -13,6 +13,10 @@ COMMANDS = {
         "scripts.bench.control:command",
         "Pages over HTTP and in process, evidence, memory.",
     ),
+    "waiting": (
+        "scripts.bench.waiting:command",
+        "First packets, and an uplink that waits for its target.",
+    ),
 }
 
 

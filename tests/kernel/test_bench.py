@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from plane import packet_queue
 
-from scripts.bench import commands, install, lease_memory
+from scripts.bench import commands, install, lease_memory, waiting
 from scripts.bench.chain import sides
 from scripts.bench.switching import methods, programs
 from upf.features import probe
@@ -220,3 +221,18 @@ def test_control_figures(tmp_path: Path) -> None:
     assert all(us > 0 for us in found["parts_us_per_page"].values())
     assert found["filesystem"] not in ("tmpfs", "unknown")
     assert not list(disk.glob(".bench-*"))
+
+
+def test_what_waits_arrives_and_what_does_not_wait_is_lost(tmp_path: Path) -> None:
+    if packet_queue() is None:
+        pytest.skip("the kernel has no NFQUEUE")
+    figures = waiting.measure(
+        disk=tmp_path, count=3, version=4, rate_pps=500, late_ms=20, careless_ms=50, seed=1
+    )
+    for arm in ("first_packet", "buffer"):
+        assert (figures[arm]["lost"], figures[arm]["duplicated"]) == (0, 0), arm
+    assert figures["first_packet"]["first_ms"]["p50"] > figures["first_packet"]["last_ms"]["p50"]
+    assert figures["buffer"]["wait_ms"]["p50"] > figures["buffer"]["delay_ms"]["p50"]
+    assert figures["unheld"]["lost"] > 0  # the control
+    assert figures["parked"]["adds_up"]
+    assert figures["parked"]["stored"] > 0
