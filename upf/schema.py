@@ -41,7 +41,7 @@ from upf.tables import (
     within,
 )
 
-VERSION = 6
+VERSION = 7
 PAGING_REFUSED, PAGING_OVERFLOW = "paging_refused", "paging_overflow"
 DROP_REASONS = (
     *("no_lease_uplink", "no_lease_downlink"),
@@ -215,11 +215,11 @@ class Schema:
         parked = self.config.queue is not None
         if parked:  # connections that there are go on where they are
             yield uplink, [*syn, *_fresh_in(family, "hold"), nft.goto(family.name("park"))]
-        # Else it must live where the lease steers; the SYN of an unknown one makes it live there.
+        # Else it must live where the lease steers. A SYN makes it live there: whatever conntrack
+        # remembers under these ports was cut, and its client has gone on to another connection.
         yield uplink, [*_FRESH, nft.immediate(nft.u32(0)), nft.meta_set(nft.META_MARK)]
         yield uplink, [*_steer(family), nft.meta_set(nft.META_MARK)]
-        unpinned = [nft.ct_load_mark(), nft.compare(nft.u32(0))]
-        yield uplink, [*syn, *unpinned, nft.meta_load(nft.META_MARK), nft.ct_set_mark()]
+        yield uplink, [*syn, nft.meta_load(nft.META_MARK), nft.ct_set_mark()]
         same = [*_key(family, "mark", "ct mark"), nft.in_set("same")]
         yield uplink, [*same, nft.verdict(nft.ACCEPT)]
         if parked:

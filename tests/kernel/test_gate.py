@@ -29,6 +29,7 @@ pytestmark = [
 ]
 VERSIONS = pytest.mark.parametrize("version", [4, 6])
 MS = 1_000_000
+TCP_REPAIR = 19  # linux/tcp.h
 
 
 @pytest.fixture(params=[True, False], ids=["fast path", "no fast path"])
@@ -316,6 +317,24 @@ def test_connections_begun_on_the_source_finish_there(net: Plane, version: int) 
     assert ask(second) is None
 
 
+@VERSIONS
+def test_a_port_is_good_again_after_a_cut_that_nobody_was_told_of(net: Plane, version: int) -> None:
+    """Conntrack remembers the connection at the source; its port's next one is at the target."""
+    old, new = net.binding("old", 1, "a"), net.binding("new", 2, "b")
+    net.gate.apply([Install(old)])
+    for name in ANCHOR:
+        serve_name(net, name, version)
+    first = dial(net, version)
+    assert ask(first) == b"a"
+    port = first.getsockname()[1]
+    net.gate.apply([Revoke(old)])
+    net.gate.apply([Install(new)])
+    first.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    first.close()  # in repair: without a packet
+    second = dial(net, version, port)
+    assert ask(second) == b"b"
+
+
 # Helpers
 
 
@@ -364,11 +383,11 @@ def serve_name(net: Plane, name: str, version: int) -> None:
     threading.Thread(target=accept, daemon=True).start()
 
 
-def dial(net: Plane, version: int) -> socket.socket:
+def dial(net: Plane, version: int, port: int = 0) -> socket.socket:
     def make() -> socket.socket:
         connection = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6)
         connection.settimeout(2)
-        connection.bind((UE[version][0], 0))
+        connection.bind((UE[version][0], port))
         connection.connect((SERVICE[version], PORT))
         connection.settimeout(0.3)
         return connection
