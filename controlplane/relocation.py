@@ -224,14 +224,12 @@ class Relocator:
     ) -> Grant:
         """Move to where it is reserved."""
         controller, terms = self._controller, prepared.lease.terms
-        assert terms.anchor is not None
         try:
             if break_before_make:
                 session = controller.session(terms.session_id)
                 draining = controller.ledger.in_state(session, State.DRAINING)
                 await controller.end([*draining, source], lease.Revoke())
-            await controller.committer.submit(Change(prepared.events))
-            if not await controller.ready(terms.anchor, terms.aisi):
+            if not await controller.ready_when_prepared(prepared):
                 await controller.abort(prepared.lease)
                 raise Refusal("ANCHOR_NOT_READY", f"{terms.anchor} is not ready")
             prepared_ns = controller.clock.now_ns()

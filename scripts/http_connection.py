@@ -5,7 +5,7 @@ each request, this one a tenth of it. Parsing is httptools'.
 """
 
 import asyncio
-from typing import Self
+from typing import Self, cast
 
 import httptools
 
@@ -68,8 +68,7 @@ class HttpConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's derives from no class
         self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
@@ -99,13 +98,12 @@ class HttpConnection(asyncio.Protocol):
         """Return the answer to who waits for it."""
         body, self._body, self._body_bytes = b"".join(self._body), [], 0
         status = self._parser.get_status_code()
-        if self._answer is None:
+        if self._answer is None or self._answer.done():
             self.close()  # nobody asked for this
             return
         if not self._parser.should_keep_alive():
             self.close()
-        if not self._answer.done():
-            self._answer.set_result((status, body))
+        self._answer.set_result((status, body))
 
     def _fail(self, error: ConnectionError) -> None:
         self.close()
