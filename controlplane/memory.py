@@ -2,8 +2,8 @@
 
 What a session consists of goes when nothing refers to it any more; the collector is needed for
 cycles alone, and transactions make none. Each pass takes some 100 ns an object, so with 100,000
-sessions a full one would stop everything for most of a second. Here, what survives a pass
-is not looked at again: each object is looked at once, and no pass grows with the number of sessions.
+sessions a full one would stop everything for most of a second. Here, what survives a pass is not
+looked at again: each object is looked at once, and no pass grows with the number of sessions.
 """
 
 import gc
