@@ -22,6 +22,9 @@ class HttpConnection(asyncio.Protocol):
     def __init__(self) -> None:
         self._body: list[bytes] = []
         self._body_bytes = 0
+        self._until_end: bool | None = (
+            None  # whether a body ends with the connection; None: no head
+        )
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -81,10 +84,26 @@ class HttpConnection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """End."""
         self._transport = None
+        if error is None and self._until_end:
+            self.on_message_complete()
         del self._parser  # which refers to this
         self._fail(ConnectionEndedError(f"the connection ended: {error or 'closed'}"))
 
     # httptools
+
+    def on_message_begin(self) -> None:
+        """Begin an answer."""
+        self._until_end = None
+        self._length_known = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; RFC 9112, section 6.3: without one of these, a body ends at the end."""
+        if name.lower() in (b"content-length", b"transfer-encoding"):
+            self._length_known = True
+
+    def on_headers_complete(self) -> None:
+        """Begin a body."""
+        self._until_end = not self._length_known
 
     def on_body(self, part: bytes) -> None:
         """Take a piece of a body."""
@@ -97,6 +116,7 @@ class HttpConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         """Return the answer to who waits for it."""
         body, self._body, self._body_bytes = b"".join(self._body), [], 0
+        self._until_end = None
         status = self._parser.get_status_code()
         if self._answer is None or self._answer.done():
             self.close()  # nobody asked for this

@@ -19,6 +19,7 @@ READY = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ntrue"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\ntrue\r\n0\r\n\r\n"
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
 LAST = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 4\r\n\r\ntrue"
+OLD = b"HTTP/1.0 200 OK\r\nserver: BaseHTTP/0.6\r\n\r\ntrue"  # ends with the connection
 GARBAGE = b"SSH-2.0-anchor\r\n\r\n"
 HALF = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ntr"
 ENDLESS = b"HTTP/1.1 200 OK\r\n\r\n" + bytes(MAX_BODY_BYTES + 1)
@@ -86,10 +87,10 @@ def anchors_at(port: int) -> HttpAnchors:
 @pytest.mark.parametrize(
     ("says", "ready"),
     [
-        *((READY, True), (CHUNKED, True), (LAST, True)),
-        *((BUSY, False), (GARBAGE, False), (None, False), (ENDLESS, False)),
+        *((READY, True), (CHUNKED, True), (LAST, True), (OLD, True)),
+        *((BUSY, False), (GARBAGE, False), (HALF, False), (None, False), (ENDLESS, False)),
     ],
-    ids=["ready", "chunked", "last", "busy", "garbage", "hangs up", "endless"],
+    ids=["ready", "chunked", "last", "old", "busy", "garbage", "half", "nothing", "endless"],
 )
 def test_what_an_anchor_says_is_what_it_is(says: bytes | None, ready: bool) -> None:
     async def ask(anchors: HttpAnchors, anchor: Anchor) -> None:
