@@ -58,8 +58,6 @@ FAILURES = (
     *user_plane.FAILURES,
 )
 
-log = logging.getLogger(__name__)
-
 
 class ServeConfig(UserPlaneConfig):
     """What the daemon is told: its network, its catalogue, and where it keeps its state."""
