@@ -328,9 +328,10 @@ class Committer:
         if not todo:
             return
         started_ns = time.monotonic_ns()
-        await self._carry([op for waiting in todo for op in waiting.change.operations])
+        operations = [op for waiting in todo for op in waiting.change.operations]
+        await self._carry(operations)
         try:
-            await self._enforcer.apply([op for waiting in todo for op in waiting.change.operations])
+            await self._enforcer.apply(operations)
         except EnforcementError:
             for waiting in todo:
                 try:
@@ -349,7 +350,7 @@ class Committer:
             self._acknowledged.append(Acknowledged(tuple(opened), now_ns))
         took_ns = time.monotonic_ns() - started_ns
         self.load.kernel_ns += took_ns
-        self._metrics.kernel_batch(sum(len(w.change.operations) for w in todo), took_ns)
+        self._metrics.kernel_batch(len(operations), took_ns)
 
 
 def _opened(operation: Operation) -> Binding | None:

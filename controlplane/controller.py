@@ -6,6 +6,7 @@ another; those of different UEs share a write and a kernel batch. The transactio
 `paging` and `relocation`; what happens by itself, in `upkeep`.
 """
 
+import asyncio
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -237,6 +238,21 @@ class Controller:
         except AnchorRefusedError as error:
             self.refused(anchor, str(error))
             return False
+
+    async def ready_when_prepared(self, prepared: Outcome) -> bool:
+        """Make a preparation durable, ask its anchor meanwhile; return whether that is ready.
+
+        To ask commits the anchor to nothing, so that it need not wait for the disk. Raises as the
+        committer's `submit` does.
+        """
+        terms = prepared.lease.terms
+        assert terms.anchor is not None
+        asking = asyncio.create_task(self.ready(terms.anchor, terms.aisi))
+        try:
+            await self.committer.submit(Change(prepared.events))
+            return await asking
+        finally:
+            asking.cancel()
 
     def reserve(self, terms: Terms) -> Shortage | None:
         """Reserve all that a lease needs, or nothing and say what is short."""

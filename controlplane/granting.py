@@ -74,8 +74,7 @@ class Granter:
         held, events = prepared.lease, prepared.events
         try:
             if not asked.ready:
-                await controller.committer.submit(Change(events))
-                if not await self.ready(terms):
+                if not await controller.ready_when_prepared(prepared):
                     await controller.abort(held)
                     raise NotReadyError
                 events = ()

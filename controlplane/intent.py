@@ -65,11 +65,11 @@ class Intent(JsonModel):
 
 
 _MAX_SHARED = 4_096
-_shared: dict[bytes, Intent] = {}
+_shared: dict[str, Intent] = {}
 
 
 def shared(intent: Intent) -> Intent:
     """Return an equal intent, the same for all: live sessions have few different ones."""
     if len(_shared) >= _MAX_SHARED:
         _shared.clear()
-    return _shared.setdefault(intent.canonical, intent)
+    return _shared.setdefault(intent.model_dump_json(), intent)

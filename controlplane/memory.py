@@ -2,16 +2,16 @@
 
 What a session consists of goes when nothing refers to it any more; the collector is needed for
 cycles alone, and transactions make none. Each pass takes some 100 ns an object, so with 100,000
-sessions a full one would stop everything for most of a second. Here, what survives a full
-collection is not looked at again: no pass grows with the number of sessions.
+sessions a full one would stop everything for most of a second. Here, what survives a pass is not
+looked at again: each object is looked at once, and no pass grows with the number of sessions.
 """
 
 import gc
 from typing import Any
 
-# A pass for every so many new objects: over those, then over those of two passes, then a full one,
-# which has no more than those of three to go through; some milliseconds.
-THRESHOLDS = (10_000, 0, 0)
+# A pass for every so many new objects: a millisecond or two. What is left of them is permanent
+# then, so that the passes over older generations find no more than that.
+THRESHOLDS = (20_000, 0, 0)
 
 
 def settle() -> None:
@@ -24,5 +24,5 @@ def settle() -> None:
 
 
 def _freeze(phase: str, info: dict[str, Any]) -> None:
-    if phase == "stop" and info["generation"] == 2:
+    if phase == "stop":
         gc.freeze()

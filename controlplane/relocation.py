@@ -257,11 +257,11 @@ class Relocator:
                 session = controller.session(terms.session_id)
                 draining = controller.ledger.in_state(session, State.DRAINING)
                 await controller.end([*draining, source], lease.Revoke())
-            await controller.committer.submit(Change(prepared.events))
             if self._strategy(terms.aisi) is Strategy.BUFFER and not break_before_make:
+                await controller.committer.submit(Change(prepared.events))
                 ready = await self._ready_or_held(source, terms.anchor)
             else:
-                ready = await controller.ready(terms.anchor, terms.aisi)
+                ready = await controller.ready_when_prepared(prepared)
             if not ready:
                 await controller.abort(prepared.lease)
                 raise Refusal("ANCHOR_NOT_READY", f"{terms.anchor} is not ready")

@@ -156,7 +156,6 @@ CONSTRAINTS: tuple[tuple[str, str, _Constraint], ...] = (
     ("accuracy", "min_accuracy", _accuracy),
     ("cost", "max_cost", _cost),
 )
-_NOT_ASKED = {member: Intent.model_fields[member].default for _, member, _ in CONSTRAINTS}
 CAPACITY = "capacity"  # comes last: what is excluded by it alone is `full`
 
 
@@ -194,7 +193,7 @@ def resolve(
     constraints = [
         (name, constraint)
         for name, member, constraint in CONSTRAINTS
-        if getattr(intent, member) != _NOT_ASKED[member]
+        if member in intent.model_fields_set
     ]
     candidates: list[Candidate] = []
     full: list[Candidate] = []

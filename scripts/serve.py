@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import click
-import httpx
 import uvloop
 from fastapi import FastAPI
 from pydantic import Field, TypeAdapter
@@ -33,7 +32,6 @@ from controlplane.keys import KeyFileError, KeyRing, generate_key, load_private_
 from controlplane.listeners import Listener, ListenError, TcpListener, UnixListener
 from controlplane.northbound.app import create_app
 from controlplane.northbound.plane import OPERATOR_LISTENER
-from controlplane.parties import AnchorRefusedError
 from controlplane.policy import Tenants, load_tenants
 from controlplane.service import Network, Options, Service
 from controlplane.sqlite_outbox import SqliteOutbox
@@ -43,12 +41,11 @@ from controlplane.tracing import TracingUnavailable, configure_tracing
 from controlplane.triggers import TriggerSettings
 from scripts import evidence_files, user_plane
 from scripts.errors import UserError, require_root
+from scripts.http_anchors import HttpAnchors
 from scripts.user_plane import UserPlaneConfig, remove
-from upf.config import AnchorPort
 from upf.local import LocalUserPlane
 from upf.remote import RemoteUserPlane
 
-READY_TIMEOUT_S = 0.5
 STORE_FILE = "control.db"
 EVIDENCE_KEY_FILE = "evidence.key"
 KEYS_FOLDER = "keys"
@@ -59,8 +56,6 @@ FAILURES = (
     *(StoreError, ListenError, KeyFileError, FleetError, TracingUnavailable),
     *user_plane.FAILURES,
 )
-
-log = logging.getLogger(__name__)
 
 
 class ServeConfig(UserPlaneConfig):
@@ -93,27 +88,6 @@ class ServeConfig(UserPlaneConfig):
             attachment_points=[anchor.name for anchor in self.anchors],
             anchor_addresses=addresses,
         )
-
-
-class HttpAnchors:
-    """Asks anchors over HTTP."""
-
-    def __init__(self, catalogue: Catalogue, anchors: tuple[AnchorPort, ...]) -> None:
-        self._catalogue = catalogue
-        self._addresses = {anchor.name: anchor.address4 for anchor in anchors}
-        self._client = httpx.AsyncClient(timeout=READY_TIMEOUT_S, trust_env=False)
-
-    async def ready(self, anchor: str, aisi: str) -> bool:
-        """Return whether the anchor answers `GET /ready` with 200 in time."""
-        port = self._catalogue.service(aisi).port
-        try:
-            answer = await self._client.get(f"http://{self._addresses[anchor]}:{port}/ready")
-        except httpx.ConnectError as error:
-            raise AnchorRefusedError(f"{anchor} refuses connections: {error}") from error
-        except httpx.HTTPError as error:
-            log.warning("anchor %s: %r", anchor, error)
-            return False
-        return answer.status_code == httpx.codes.OK
 
 
 @contextlib.asynccontextmanager

@@ -39,6 +39,8 @@ def create_app(plane: ControlPlane, lifespan: "Lifespan | None" = None) -> FastA
         version="1",
         summary="Intents in, verifiable leases out.",
         lifespan=lifespan,
+        # Traces and metrics are ours; FastAPI would look for others' providers at each request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
         docs_url=None,
         redoc_url=None,
         dependencies=[Depends(_only_known_parameters)],

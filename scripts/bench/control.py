@@ -115,6 +115,7 @@ def measure(
                 done = daemon.load(mode=mode, clients=clients, first=first * pages, count=pages)
                 http[arm].append(pages / done["took_s"])
                 http[f"{arm}_cpu_us"].append((daemon.cpu_s() - before_s) / pages * 1e6)
+                http[f"{arm}_client_cpu_us"].append(done["cpu_s"] / pages * 1e6)
         for arm, mode, evidence in (
             ("with", "pages", True),
             ("without", "pages", False),
@@ -146,6 +147,7 @@ def measure(
         "http_page_ms": common.quantiles(latencies_ms),
         "http_pages_per_s": float(np.median(http["pages"])),
         "http_cpu_us_per_page": float(np.median(http["pages_cpu_us"])),
+        "http_client_cpu_us_per_page": float(np.median(http["pages_client_cpu_us"])),
         "http_page_release_pairs_per_s": float(np.median(http["pairs"])),
         "inprocess_pages_per_s": found["with"]["pages_per_s"],
         "inprocess": found["with"],
@@ -224,9 +226,11 @@ def _filesystem(folder: Path) -> str:
 def show(figures: dict[str, Any]) -> None:
     """Print the figures as a table."""
     page = figures["http_page_ms"]
+    both = " / ".join(f"{figures[f'http_{who}cpu_us_per_page']:,.0f}" for who in ("", "client_"))
     rows = [
         ("page over HTTP, p50 / p99, ms", f"{page['p50']:.2f} / {page['p99']:.2f}"),
         ("pages/s over HTTP, closed loop", f"{figures['http_pages_per_s']:,.0f}"),
+        ("of it, µs of CPU a page, daemon / clients", both),
         ("page and release, pairs/s", f"{figures['http_page_release_pairs_per_s']:,.0f}"),
         ("pages/s in process", f"{figures['inprocess_pages_per_s']:,.0f}"),
         ("of it, µs of CPU a page", f"{figures['inprocess']['cpu_us_per_page']:,.0f}"),

@@ -15,39 +15,34 @@ import sys
 import time
 from typing import Any
 
-import httptools
+import orjson
 import uvloop
 
 from scripts.bench.control_world import ANCHOR, TASKS
+from scripts.http_connection import HttpConnection
 
 LEASE_MS = 3_600_000
 
 
-class Connection:
-    """One HTTP/1.1 connection; one request at a time."""
+class Client:
+    """Pages and releases over one connection, one request at a time."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, connection: HttpConnection) -> None:
+        self._connection = connection
 
     @classmethod
-    async def open(cls, path: str) -> Connection:
+    async def open(cls, path: str) -> Client:
         """Connect to a Unix socket."""
-        return cls(*await asyncio.open_unix_connection(path))
+        return cls(await HttpConnection.open_unix(path))
 
     async def request(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         """Return status and body of the answer."""
-        data = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(data)}\r\n"
-        self._writer.write(f"{head}content-type: application/json\r\n\r\n".encode() + data)
-        answer = _Answer()
-        parser = httptools.HttpResponseParser(answer)
-        while not answer.complete:
-            chunk = await self._reader.read(65_536)
-            if not chunk:
-                raise ConnectionError("the daemon closed the connection")
-            parser.feed_data(chunk)
-        return parser.get_status_code(), b"".join(answer.parts)
+        data = b"" if body is None else orjson.dumps(body)
+        head = (
+            f"{method} {path} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(data)}\r\n"
+            "content-type: application/json\r\n\r\n"
+        )
+        return await self._connection.request(head.encode() + data)
 
     async def page(self, number: int) -> str:
         """Page for UE `number`; return the session id."""
@@ -56,7 +51,7 @@ class Connection:
         status, answer = await self.request("POST", "/sessions", body)
         if status != 201:
             raise RuntimeError(f"page {number}: {status}: {answer[:500]!r}")
-        session_id: str = json.loads(answer)["sessionId"]
+        session_id: str = orjson.loads(answer)["sessionId"]
         return session_id
 
     async def release(self, session_id: str) -> None:
@@ -72,28 +67,16 @@ class Connection:
         await self.request("POST", f"/anchors/{ANCHOR}/heartbeat", body)
 
 
-class _Answer:
-    def __init__(self) -> None:
-        self.complete = False
-        self.parts: list[bytes] = []
-
-    def on_body(self, part: bytes) -> None:
-        self.parts.append(part)
-
-    def on_message_complete(self) -> None:
-        self.complete = True
-
-
 async def run(path: str, load: dict[str, Any]) -> dict[str, Any]:
-    """Apply a load; return latencies (ms) and what it took (s)."""
-    keeper = await Connection.open(path)
+    """Apply a load; return latencies (ms), what it took (s), and of CPU here (s)."""
+    keeper = await Client.open(path)
     await keeper.beat()
     numbers = iter(range(load["first"], load["first"] + load["count"]))
-    clients = [await Connection.open(path) for _ in range(load["clients"])]
+    clients = [await Client.open(path) for _ in range(load["clients"])]
     latencies_ms: list[float] = []
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
 
-    async def closed(client: Connection) -> None:
+    async def closed(client: Client) -> None:
         for number in numbers:
             began = time.perf_counter()
             session_id = await client.page(number)
@@ -102,7 +85,7 @@ async def run(path: str, load: dict[str, Any]) -> dict[str, Any]:
             latencies_ms.append((time.perf_counter() - began) * 1000)
 
     async def opened() -> None:
-        free: asyncio.Queue[Connection] = asyncio.Queue()
+        free: asyncio.Queue[Client] = asyncio.Queue()
         for client in clients:
             free.put_nowait(client)
         tasks: list[asyncio.Task[None]] = []
@@ -133,7 +116,11 @@ async def run(path: str, load: dict[str, Any]) -> dict[str, Any]:
         await opened()
     else:
         await asyncio.gather(*map(closed, clients))
-    return {"took_s": time.perf_counter() - started, "latencies_ms": latencies_ms}
+    return {
+        "took_s": time.perf_counter() - started,
+        "cpu_s": time.process_time() - cpu,
+        "latencies_ms": latencies_ms,
+    }
 
 
 if __name__ == "__main__":

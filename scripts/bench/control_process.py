@@ -34,7 +34,7 @@ from controlplane.sqlite_outbox import SqliteOutbox
 from controlplane.sqlite_store import SqliteStore
 from scripts.bench.control_parts import WRITE, Parts
 from scripts.bench.control_world import ANCHOR, FAILURE_DETECTION_MS, TASKS, World, catalogue
-from scripts.serve import HttpAnchors
+from scripts.http_anchors import HttpAnchors
 from scripts.user_plane import user_plane
 
 LEASE_MS = 3_600_000

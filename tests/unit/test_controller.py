@@ -225,7 +225,7 @@ async def test_a_start_ends_what_is_overdue_and_keeps_what_is_not(world: World) 
     long = await world.page("ue2", duration_ms=5_000)
     world.gateway.gate.shut = True
     asking = asyncio.create_task(world.page("ue3"))
-    await until(lambda: world.gateway.gate.waiting)
+    await until(lambda: world.gateway.gate.waiting and world.trace[-1] == "write Prepared")
     await world.crash()
     assert asking.done()
     world.clock.advance(2_000)

@@ -80,7 +80,7 @@ async def test_evidence_before_the_kernel_and_the_kernel_before_the_answer(world
     world.trace.clear()
     await world.page()
     world.trace.append("answer")
-    assert world.trace == ["write Prepared", "ask edge1", "write Committed", "Install", "answer"]
+    assert world.trace == ["ask edge1", "write Prepared", "write Committed", "Install", "answer"]
 
 
 @scenario()

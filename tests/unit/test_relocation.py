@@ -62,7 +62,7 @@ async def test_make_before_break(world: World) -> None:
     after = await world.relocate(before)
     old, new = before.lease, after.lease
     # One write and one batch, and only after the target said that it is ready.
-    assert world.trace == ["write Prepared", "ask edge2", "write Committed+DrainStarted", "Move"]
+    assert world.trace == ["ask edge2", "write Prepared", "write Committed+DrainStarted", "Move"]
     drain_until_ns = world.clock.now + DRAIN_MS * NS_PER_MS
     assert world.enforcer.applied[-1] == (Move(new.binding(), old.binding(), drain_until_ns),)
     assert (new.terms.anchor, new.terms.epoch, new.terms.cause) == ("edge2", 2, "REQUEST")
@@ -324,7 +324,7 @@ async def test_breaking_before_making_really_breaks_first(world: World) -> None:
     moved = await world.relocate(grant, break_before_make=True)
     assert steered == [{}]
     assert world.trace == [
-        *("write Ended", "Revoke", "write Prepared", "ask edge2"),
+        *("write Ended", "Revoke", "ask edge2", "write Prepared"),
         *("write Committed", "Install"),
     ]
     assert (moved.lease.terms.epoch, moved.lease.deadline_ns) == (2, grant.lease.deadline_ns)
@@ -479,8 +479,9 @@ async def test_what_is_granted_at_an_anchor_that_failed_meanwhile_is_recovered(
     """It was asked, and was ready; then it failed, before the lease was granted."""
     world.gateway.gate.shut = True
     paging = asyncio.create_task(world.page())
-    await until(lambda: world.gateway.gate.waiting)
+    await until(lambda: world.gateway.gate.waiting and world.states())
     await world.keeper.record([died("edge1")])
+    world.gateway.unready.add("edge1")  # and does not recover
     world.gateway.gate.let(True)
     world.gateway.gate.open()
     grant = await paging
@@ -559,3 +560,31 @@ async def test_a_service_that_flips_drains_for_an_instant(world: World) -> None:
     await world.relocate(before, "edge2")
     until_ns = world.enforcer.drains()[lease_id(before)]
     assert until_ns == world.clock.now + world.controller.settings.flip_drain_ms * NS_PER_MS
+
+
+@scenario()
+async def test_nothing_is_granted_before_the_preparation_is_durable(world: World) -> None:
+    """The target is asked meanwhile, and may have answered long before."""
+    grant = await world.page()
+    world.store.gate.shut = True
+    moving = asyncio.create_task(world.relocate(grant))
+    await until(lambda: world.gateway.asked[-1:] == [("edge2", "chat")])
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not moving.done()
+    assert not moves(world)
+    world.store.gate.open()
+    assert (await moving).lease.terms.anchor == "edge2"
+
+
+@scenario()
+async def test_a_preparation_that_is_not_durable_leaves_no_question_behind(world: World) -> None:
+    grant = await world.page()
+    await world.sleep(100)  # its acknowledgement is written
+    world.gateway.gate.shut = True
+    world.store.fail_at = 1
+    [error] = await all_of(world.relocate(grant))
+    assert isinstance(error, StoreError)
+    assert world.gateway.asked[-1] == ("edge2", "chat")
+    await until(lambda: not world.gateway.gate.waiting)
+    world.check_pools()
