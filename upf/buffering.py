@@ -32,6 +32,8 @@ from upf.parking import NS_PER_MS, NS_PER_S, Arrival, Parking, ParkingLimits
 
 ROUNDS = 8  # of reading what came while the last was released
 LET_GO_MS = 1_000  # longer than it takes to release what waits; ended at once when that is done
+MANY = 8  # packets that waited: so many, and the flow goes on
+GAP_MS = 2  # between its packets; waited for no longer
 OVERFLOW_MS = 500  # the kernel drops so long for a UE that has had its share
 LEAST_TIMER_S = 0.001
 
@@ -154,11 +156,22 @@ class PacketBuffer:
         now_ns = self._clock()
         for key in keys:  # whatever comes meanwhile waits behind
             self._parking.hold(key, now_ns + LET_GO_MS * NS_PER_MS)
+        released = 0
         for _ in range(ROUNDS):
             self._queue.read()
-            if not self._release(keys):
+            last = self._release(keys)
+            released += last
+            if not last:
                 break
         try:
+            if released > MANY:
+                # Of a flow that goes on, the next packet is the furthest away when one has gone.
+                if self._queue.wait(GAP_MS):
+                    self._queue.read()
+                    self._release(keys)
+                self._gate.open_holds(keys)
+                self._queue.read()
+                self._release(keys)
             self._gate.end_holds(keys)
         except EnforcementError:
             return  # the holds end by themselves

@@ -228,6 +228,10 @@ class LeaseElements:
         named |= {wanted[:2]: wanted for wanted in elements}  # anchors may share an interface
         return list(named.values())
 
+    def hold(self, key: bytes) -> str:
+        """Return the name of the set that holds a flow's uplink."""
+        return self._sets[len(key)][4]
+
     def fast_uplink(self, key: bytes) -> ElementName | None:
         """Return the name of the element that lets a flow's uplink past the IP stack, if any."""
         return (self._sets[len(key)][5], key) if key[: len(key) // 2] in self._fast_ues else None

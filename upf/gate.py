@@ -251,6 +251,16 @@ class Gate:
             return False
         return state.held_until_ns <= self._clock() < state.binding.expires_ns
 
+    def open_holds(self, keys: Iterable[bytes]) -> None:
+        """Take the holds of these flows from the kernel, and nothing else: as soon as can be.
+
+        `end_holds` is to follow. Raises EnforcementError.
+        """
+        try:
+            self._socket.commit([(self._elements.hold(key), key) for key in keys])
+        except (BatchError, OSError) as error:
+            raise EnforcementError(str(error)) from error
+
     def end_holds(self, keys: Iterable[bytes]) -> None:
         """Let the uplink of these flows go past the queue again. Raises EnforcementError."""
         now, held = self._clock(), self._flows

@@ -8,6 +8,7 @@ it run through the gate's chain again, where only a live lease steers it.
 import contextlib
 import functools
 import logging
+import select
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,12 @@ class NfQueue:
             self._queue.run(block=False)
         except OSError as error:
             log.error("packet queue %d: %s", self._number, error)
+
+    def wait(self, most_ms: int) -> bool:
+        """Return whether a packet comes within so long; blocks."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return bool(poll.poll(most_ms))
 
     def lost(self) -> int:
         """Return how many packets the kernel could not hand over: no room there, or here."""
