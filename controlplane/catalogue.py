@@ -4,6 +4,7 @@ Read from a YAML file. Anchors may also register themselves later, with the same
 `Catalogue.check_anchor` holds both to the same rules.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from enum import StrEnum
@@ -17,6 +18,7 @@ from pydantic.alias_generators import to_camel
 
 from controlplane.configfile import ConfigModel, load_yaml
 from controlplane.enforcement import Flow
+from controlplane.five_qi import BEST_EFFORT, FIVE_QIS
 from controlplane.intent import (
     MAX_BPS,
     MAX_DURATION_MS,
@@ -56,9 +58,8 @@ class QosProfile(ConfigModel):
     name: QosProfileName
     description: Text = ""
     status: ProfileStatus = ProfileStatus.ACTIVE
-    # Of each cell's downlink, for all leases of the profile together.
-    guaranteed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    # GFBR, for each lease: what admission reserves. 0: nothing is reserved.
+    five_qi: int = BEST_EFFORT  # a standardised one: TS 23.501, table 5.7.4-1
+    # GFBR, for each lease: what admission reserves. Only with a 5QI of type (delay-critical) GBR.
     guaranteed_downlink_bps: GuaranteedRate = 0
     guaranteed_uplink_bps: GuaranteedRate = 0
     max_downlink_bps: Rate | None = None  # MFBR; None: no limit
@@ -68,7 +69,6 @@ class QosProfile(ConfigModel):
     packet_error_loss_rate: Annotated[int, Field(ge=1, le=10)] | None = None  # n means 10^-n
     min_duration_s: Annotated[int, Field(ge=1, le=MAX_DURATION_S)] = 1
     max_duration_s: Annotated[int, Field(ge=1, le=MAX_DURATION_S)] = MAX_DURATION_S
-    five_qi: Annotated[int, Field(ge=1, le=254)] | None = None
     # ARP: who yields to whom where capacity is short; 1 is the most important.
     priority_level: Annotated[int, Field(ge=1, le=15)] = 8
     preemption_capability: bool = False  # may take capacity from less important leases
@@ -85,6 +85,41 @@ class QosProfile(ConfigModel):
         if self.min_duration_s > self.max_duration_s:
             raise ValueError("min_duration_s is above max_duration_s")
         return self
+
+    @model_validator(mode="after")
+    def _rates_fit_the_five_qi(self) -> Self:
+        characteristics = FIVE_QIS.get(self.five_qi)
+        if characteristics is None:
+            known = ", ".join(map(str, sorted(FIVE_QIS)))
+            raise ValueError(f"five_qi {self.five_qi} is not standardised; there are {known}")
+        guaranteed = bool(self.guaranteed_downlink_bps or self.guaranteed_uplink_bps)
+        kind = f"5QI {self.five_qi} is of type {characteristics.resource_type}"
+        if characteristics.guaranteed and not guaranteed:
+            raise ValueError(
+                f"{kind}: give guaranteed_downlink_bps or guaranteed_uplink_bps (GFBR)"
+            )
+        if guaranteed and not characteristics.guaranteed:
+            raise ValueError(
+                f"{kind}: it guarantees no rate; take a GBR one, such as 4, or leave "
+                "guaranteed_downlink_bps and guaranteed_uplink_bps (GFBR) out"
+            )
+        limited = self.max_downlink_bps is not None or self.max_uplink_bps is not None
+        if limited and not characteristics.guaranteed:
+            raise ValueError(
+                f"{kind}: max_downlink_bps and max_uplink_bps (MFBR) are for GBR ones alone"
+            )
+        return self
+
+    @property
+    def delay_budget_ms(self) -> int:
+        """One way between UE and UPF: the profile's own, or its 5QI's."""
+        return self.packet_delay_budget_ms or FIVE_QIS[self.five_qi].packet_delay_budget_ms
+
+    @property
+    def error_loss_exponent(self) -> int:
+        """Of the most packets that may be lost, n of 10^-n: the profile's own, or its 5QI's."""
+        most = FIVE_QIS[self.five_qi].packet_error_rate
+        return self.packet_error_loss_rate or round(-math.log10(most))
 
     def covers(self, downlink_bps: int, uplink_bps: int) -> bool:
         """Return whether it guarantees these rates."""
@@ -228,8 +263,6 @@ class Catalogue(ConfigModel):
             ("service address", [str(service.address6) for service in self.services]),
         ):
             _once(what, names)
-        if sum(profile.guaranteed_share for profile in self.qos_profiles) > 1:
-            raise ValueError("the QoS profiles' guaranteed shares add up to more than 1")
         if self.default_qos_profile not in (None, *self._profiles):
             raise ValueError(f"default_qos_profile {self.default_qos_profile} is no QoS profile")
         if self.default_profile.status is not ProfileStatus.ACTIVE:
@@ -294,9 +327,14 @@ class Catalogue(ConfigModel):
         """The QoS profile of intents that ask for none."""
         return self._profiles[self.default_qos_profile or self.qos_profiles[0].name]
 
-    def qos_shares(self) -> dict[str, float]:
-        """Return each QoS profile's guaranteed share of a cell."""
-        return {profile.name: profile.guaranteed_share for profile in self.qos_profiles}
+    @property
+    def shared_five_qis(self) -> dict[int, int]:
+        """The non-GBR 5QIs in use, whose leases share a class each -> their priority level."""
+        return {
+            profile.five_qi: FIVE_QIS[profile.five_qi].priority_level
+            for profile in self.qos_profiles
+            if not FIVE_QIS[profile.five_qi].guaranteed
+        }
 
     @cached_property
     def _profiles(self) -> dict[str, QosProfile]:

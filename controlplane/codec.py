@@ -27,6 +27,7 @@ from controlplane.facts import (
     UplinkHeld,
     UplinkResumed,
 )
+from controlplane.five_qi import BEST_EFFORT, FIVE_QIS
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -54,8 +55,11 @@ Kind = TypeVar("Kind")
 _NAMES = ("lease_id", "session_id", "cause", "tenant", "ue", "aisi", "qos_profile")
 _NUMBERS = ("epoch", "downlink_bps", "uplink_bps", "priority_level")
 _OPTIONAL = ("anchor", "cell", "request", "key")
+_OPTIONAL_NUMBERS = ("five_qi", "max_downlink_bps", "max_uplink_bps")
 _COUNTS = ("uplink_packets", "uplink_bytes", "downlink_packets", "downlink_bytes")
-_TERMS = frozenset({*_NAMES, *_NUMBERS, *_OPTIONAL, "preemptible", "flows", "intent"})
+_TERMS = frozenset(
+    {*_NAMES, *_NUMBERS, *_OPTIONAL, *_OPTIONAL_NUMBERS, "preemptible", "flows", "intent"}
+)
 _COUNT_NAMES = frozenset(_COUNTS)
 _ALWAYS = (*_NAMES, *_NUMBERS, "preemptible")
 _always_of = attrgetter(*_ALWAYS)
@@ -160,7 +164,7 @@ class Codec:
         terms = event.terms
         members: Members = dict(zip(_ALWAYS, _always_of(terms), strict=True))
         members["flows"] = [(text_of(flow.ue), text_of(flow.service)) for flow in terms.flows]
-        for name in _OPTIONAL:
+        for name in (*_OPTIONAL, *_OPTIONAL_NUMBERS):
             value = getattr(terms, name)
             if value is not None:
                 members[name] = value
@@ -199,6 +203,11 @@ def _terms(members: Members) -> Terms:
     fields: Members = {
         name: _text(members, name) if name in members else None for name in _OPTIONAL
     }
+    for name in _OPTIONAL_NUMBERS:  # entries of older versions do not have them: best effort
+        if name in members:
+            fields[name] = _typed(int, members[name])
+    if fields.get("five_qi", BEST_EFFORT) not in FIVE_QIS:
+        raise ValueError(f"there is no 5QI {fields['five_qi']}")
     fields.update(zip(_NAMES, _all(str, _names_in(members)), strict=True))
     fields.update(zip(_NUMBERS, _all(int, _numbers_in(members)), strict=True))
     return Terms(

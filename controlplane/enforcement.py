@@ -25,6 +25,25 @@ class Flow:
 
 
 @value(frozen=True, slots=True, kw_only=True)
+class QosFlow:
+    """How a lease's packets are forwarded (TS 23.501, 5.7): what an SMF tells the UPF and the gNB.
+
+    A flow whose 5QI is of a guaranteed resource type has a class of its own in the kernel; others
+    share one by 5QI.
+    """
+
+    five_qi: int
+    priority_level: int  # of the 5QI (5.7.3.3): 1 to 127, 1 is served first
+    guaranteed: bool  # resource type GBR or delay-critical GBR (5.7.3.2)
+    delay_critical: bool
+    dscp: int  # of packets on the way (5.8.2.7), 6 bits; 0: as their sender marked them
+    guaranteed_downlink_bps: int = 0  # GFBR (5.7.2.5)
+    guaranteed_uplink_bps: int = 0
+    max_downlink_bps: int | None = None  # MFBR; None: no limit
+    max_uplink_bps: int | None = None
+
+
+@value(frozen=True, slots=True, kw_only=True)
 class Binding:
     """What one COMMIT authorises: its flows, to one anchor, under one QoS, until a deadline.
 
@@ -36,7 +55,7 @@ class Binding:
     epoch: int  # of the session; only grows (fencing)
     flows: tuple[Flow, ...]
     anchor: str | None
-    qos_profile: str
+    qos: QosFlow
     expires_ns: int  # CLOCK_MONOTONIC
 
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from enum import StrEnum
 
 from controlplane.enforcement import Binding, Flow, Usage
+from controlplane.five_qi import BEST_EFFORT, qos_flow
 from controlplane.intent import Intent
 from controlplane.values import value
 
@@ -73,10 +74,13 @@ class Terms:
     epoch: int
     qos_profile: str
     cell: str | None  # whose capacity it shares
-    downlink_bps: int  # reserved in the cell and on N6
+    downlink_bps: int  # GFBR: reserved in the cell and on N6
     uplink_bps: int
     priority_level: int  # ARP (TS 23.501, 5.7.2.2): 1 to 15, 1 is the most important
     preemptible: bool  # pre-emption vulnerability
+    five_qi: int = BEST_EFFORT
+    max_downlink_bps: int | None = None  # MFBR; None: no limit
+    max_uplink_bps: int | None = None
     intent: Intent | None = None  # of a page
     request: str | None = None  # canonical JSON of a request for QoS alone, without credentials
     key: str | None = None  # idempotency key, hashed with its tenant
@@ -94,12 +98,19 @@ class Lease:
 
     def binding(self) -> Binding:
         """Return what this lease authorises in the user plane."""
+        terms = self.terms
         return Binding(
-            lease_id=self.terms.lease_id,
-            epoch=self.terms.epoch,
-            flows=self.terms.flows,
-            anchor=self.terms.anchor,
-            qos_profile=self.terms.qos_profile,
+            lease_id=terms.lease_id,
+            epoch=terms.epoch,
+            flows=terms.flows,
+            anchor=terms.anchor,
+            qos=qos_flow(
+                terms.five_qi,
+                terms.downlink_bps,
+                terms.uplink_bps,
+                terms.max_downlink_bps,
+                terms.max_uplink_bps,
+            ),
             expires_ns=self.deadline_ns,
         )
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from scripts.analysis_continuity import continuity_summary
 from scripts.analysis_expiry import expiry_summary
+from scripts.analysis_qos import qos_summary
 from scripts.analysis_relocation import relocation_summary
 from scripts.interruption import Trace, build_trace
 from scripts.records import SUMMARY_FILE, ResultFolder, ResultFolderError, write_json
@@ -36,6 +37,8 @@ def analyse(folder: Path) -> dict[str, Any]:
             figures = expiry_summary(results, build_traces(results))
         case "continuity":
             figures = continuity_summary(results)
+        case "qos":
+            figures = qos_summary(results)
         case unknown:
             raise ResultFolderError(f"{folder}: no analysis for experiment {unknown!r}")
     if results.flows:

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
@@ -39,10 +40,11 @@ def build(
     features: Features,
     network: Network,
     plan: ProbePlan | None,
+    traffic: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Describe a run: the scenario as given and as resolved, and the machine it ran on.
 
-    `plan`: of the probes, if there are any.
+    `plan`: of the probes, if there are any; `traffic`: members that say what else was sent.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -53,6 +55,7 @@ def build(
         "topology": spec.model_dump(mode="json"),
         "catalogue": catalogue.model_dump(mode="json"),
         **({} if plan is None else _probes(plan)),
+        **traffic,
         "clock": "all namespaces share one kernel and one CLOCK_REALTIME",
         "network": network.readback,
         "link_delays": network.measure_delays(),

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from topologies.endpoints.congestion import Records as QosRecords
 from topologies.endpoints.probe_records import (
     RECEIVED_FILE,
     SENT_FILE,
@@ -25,6 +26,8 @@ EPISODES_FILE = "episodes.parquet"
 LEASES_FILE = "leases.parquet"
 STREAMS_FILE = "streams.parquet"
 TOKENS_FILE = "tokens.parquet"
+QOS_PARTS_FILE, QOS_SENT_FILE = "parts.parquet", "sent.parquet"
+QOS_RECEIVED_FILE, QOS_STREAMS_FILE = "received.parquet", "tcp.parquet"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
@@ -191,6 +194,48 @@ def write_streams(folder: Path, requests: Sequence[StreamRequest], tokens: Seque
     pq.write_table(table, folder / TOKENS_FILE, compression="zstd")
 
 
+def write_qos(folder: Path, recorded: Sequence[tuple[int, str, str, QosRecords]]) -> None:
+    """Write what each part (round, arm, direction) of a QoS run has recorded."""
+    rows = [
+        {
+            "part": part,
+            "round": number,
+            "arm": arm,
+            "direction": direction,
+            "start_ns": records.start_ns,
+            "end_ns": records.end_ns,
+        }
+        for part, (number, arm, direction, records) in enumerate(recorded)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / QOS_PARTS_FILE, compression="zstd")
+    for name, recorded_columns in (
+        (QOS_SENT_FILE, [records.sent for *_, records in recorded]),
+        (QOS_RECEIVED_FILE, [records.received for *_, records in recorded]),
+        (QOS_STREAMS_FILE, [records.streams for *_, records in recorded]),
+    ):
+        tables = []
+        for part, one_part in enumerate(recorded_columns):
+            columns = {key: np.asarray(one) for key, one in one_part.items()}
+            length = len(next(iter(columns.values())))
+            tables.append(pa.table({"part": np.full(length, part, np.int32), **columns}))
+        pq.write_table(pa.concat_tables(tables), folder / name, compression="zstd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QosPart:
+    """One arm of a QoS run in one direction. Instants are CLOCK_REALTIME ns."""
+
+    round: int
+    arm: str
+    direction: str
+    start_ns: int
+    end_ns: int
+    sent: Columns
+    received: Columns
+    stream_at_ns: NDArray[Any]
+    stream_bytes: NDArray[Any]
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write JSON as the folder's files have it: indented, one newline at the end, no NaN."""
     path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
@@ -255,6 +300,28 @@ class ResultFolder:
     def episodes(self) -> list[Episode]:
         """`episodes.parquet`, in order."""
         return [Episode(**row) for row in self._table(EPISODES_FILE).to_pylist()]
+
+    def qos(self) -> list[QosPart]:
+        """The parts of a QoS run, in order."""
+        columns = [
+            self._columns(name) for name in (QOS_SENT_FILE, QOS_RECEIVED_FILE, QOS_STREAMS_FILE)
+        ]
+        parts = []
+        for row in self._table(QOS_PARTS_FILE).to_pylist():
+            part = row.pop("part")
+            sent, received, streams = (
+                {key: values[one["part"] == part] for key, values in one.items()} for one in columns
+            )
+            parts.append(
+                QosPart(
+                    **row,
+                    sent=sent,
+                    received=received,
+                    stream_at_ns=streams["at_ns"],
+                    stream_bytes=streams["bytes"],
+                )
+            )
+        return parts
 
     def leases(self) -> list[Lease]:
         """`leases.parquet`, in order."""

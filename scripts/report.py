@@ -22,6 +22,7 @@ from scripts.analysis_relocation import samples_of
 from scripts.interruption import Trace
 from scripts.records import PLOTS_FOLDER, REPORT_FILE, Episode, ResultFolder
 from scripts.report_continuity import continuity_plots, continuity_verdict
+from scripts.report_qos import qos_page
 from scripts.report_words import arm_note, expiry_verdict, relocation_verdict
 from scripts.summary_table import DIRECTIONS, number
 
@@ -38,6 +39,10 @@ def build_report(folder: Path) -> Path:
     if results.experiment == "continuity":
         template = "report_continuity.html.j2"
         context = _continuity_page(results, summary)
+    elif results.experiment == "qos":
+        template = "report_qos.html.j2"
+        context = qos_page(results, summary, folder / PLOTS_FOLDER)
+        context["svg"] = {"rates": _inline(folder / PLOTS_FOLDER / "rates.svg")}
     else:
         build = _expiry_page if results.experiment == "expiry" else _relocation_page
         context = {

@@ -219,7 +219,10 @@ def command(file: Path, only_remove: bool, log_level: str) -> None:
     elif only_remove:
         raise UserError(f"{file} has upf_socket: 'aipaging upf ... --remove' takes that away")
     if only_remove:
-        remove(config)
+        try:
+            remove(config)
+        except FAILURES as error:
+            raise UserError(str(error)) from error
         return
     logs.configure(level=logging.getLevelNamesMapping()[log_level])
     _raise_file_limit()

@@ -17,6 +17,8 @@ def render(summary: dict[str, Any]) -> Table:
             return _expiry(summary)
         case "continuity":
             return _continuity(summary)
+        case "qos":
+            return _qos(summary)
         case _:
             return _relocation(summary)
 
@@ -118,6 +120,43 @@ def _expiry(summary: dict[str, Any]) -> Table:
             number(row["early_ms_max"]),
         )
     return table
+
+
+def _qos(summary: dict[str, Any]) -> Table:
+    table = Table(
+        title="What congestion left of QoS flows",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption="of MFBR: the most in any second. Of several rounds the worst.",
+    )
+    for name in ("arm", "direction", "flow"):
+        table.add_column(name, no_wrap=True)
+    for name in ("Mbit/s", "of GFBR", "of MFBR", "lost", "p99 ms", "budget", "kept"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for arm, directions in summary["arms"].items():
+        for direction, figures in directions.items():
+            for name, row in figures["flows"].items():
+                table.add_row(
+                    arm,
+                    direction,
+                    name,
+                    number(row["rate_bps"] / 1e6),
+                    _ratio(row.get("rate_to_gfbr")),
+                    _ratio(row.get("rate_to_mfbr_max")),
+                    f"{row['lost']:,}",
+                    number(row["delay_ms"]["p99"]),
+                    f"{row['packet_delay_budget_ms']}",
+                    "yes" if row["kept"] else "[bold red]no[/]",
+                )
+            rest = figures["best_effort"]
+            share = f"{rest['share_of_rest']:.0%}"
+            table.add_row(arm, direction, "TCP, of the rest", number(rest["rate_bps"] / 1e6), share)
+            table.add_section()
+    return table
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def number(value: float | None) -> str:

@@ -9,7 +9,7 @@ from controlplane.controller import Settings
 from controlplane.intent import Intent
 from controlplane.parties import Subscriber, Subscription
 from scripts.serve import ServeConfig
-from scripts.user_plane import CellConfig
+from scripts.user_plane import CellConfig, GnbConfig
 from topologies.network import Network
 from topologies.spec import AnchorSpec
 from upf.config import AnchorPort
@@ -59,12 +59,13 @@ def serve_config(
     """Describe an emulated network to the control plane; every UE has the subscriptions."""
     cells = {}
     for gnb in network.gnbs.values():
-        # The UPF queues where the cell would: its N3 interfaces are no faster than the cell.
+        # Downlink packets wait at the UPF, or at the cell: both have as much capacity, and classes.
         n3 = gnb.spec.n3.rate_mbps or math.inf
         cells[gnb.name] = CellConfig(
             n3_interface=gnb.upf_interface,
             downlink_mbps=min(gnb.spec.downlink_mbps, n3),
             uplink_mbps=min(gnb.spec.uplink_mbps, n3),
+            gnb=GnbConfig(netns=gnb.netns, cell_interface="cell", n3_interface="n3"),
         )
     return ServeConfig(
         upf_netns=network.upf.netns,

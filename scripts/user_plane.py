@@ -14,12 +14,13 @@ from pydantic import Field
 from controlplane.catalogue import Catalogue, Strategy
 from controlplane.configfile import ConfigModel
 from controlplane.enforcement import EnforcementError, Flow
+from controlplane.five_qi import DSCPS
 from controlplane.intent import Name
 from controlplane.parties import Subscriber
 from scripts.errors import EXIT_BAD_INPUT, UserError
-from upf import ownership, qos, routing
+from upf import ownership, qos, ran, routing
 from upf.buffering import PacketBuffer
-from upf.config import AnchorPort, Attachment, GateConfig, PacketQueue
+from upf.config import AnchorPort, Attachment, GateConfig, GnbPort, PacketQueue, QosPoint
 from upf.features import probe
 from upf.gate import Gate
 from upf.gate import remove as remove_gate
@@ -39,12 +40,34 @@ log = logging.getLogger(__name__)
 Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 
 
+class GnbConfig(ConfigModel):
+    """A gNB that is a Linux router, as in an emulated network: its QoS is ours to set.
+
+    Both interfaces have an HTB tree a15: with their capacity as class a15:1, best effort as a15:9.
+    """
+
+    netns: str = THIS_NETNS  # its network namespace
+    cell_interface: str  # towards UEs
+    n3_interface: str  # towards the UPF
+
+
 class CellConfig(ConfigModel):
     """A gNB's cell: what it can carry, and the N3 interface towards it."""
 
     n3_interface: str
     downlink_mbps: Mbps
     uplink_mbps: Mbps
+    gnb: GnbConfig | None = None  # None: it keeps to QoS flows by itself
+
+    @property
+    def downlink_bps(self) -> int:
+        """What it can carry to UEs."""
+        return int(self.downlink_mbps * 1e6)
+
+    @property
+    def uplink_bps(self) -> int:
+        """What it can carry from UEs."""
+        return int(self.uplink_mbps * 1e6)
 
 
 class UserPlaneConfig(ConfigModel):
@@ -83,6 +106,33 @@ class UserPlaneConfig(ConfigModel):
                 flows += service.flows(subscriber.address4, subscriber.address6)
         return tuple(dict.fromkeys(flows))
 
+    @property
+    def points(self) -> tuple[QosPoint, ...]:
+        """Where downlink packets wait in the user plane."""
+        return tuple(
+            QosPoint(
+                netns=self.upf_netns,
+                interface=cell.n3_interface,
+                capacity_bps=cell.downlink_bps,
+            )
+            for cell in self.cells.values()
+        )
+
+    @property
+    def gnbs(self) -> tuple[GnbPort, ...]:
+        """The gNBs whose QoS is ours to set."""
+        return tuple(
+            GnbPort(
+                netns=cell.gnb.netns,
+                cell_interface=cell.gnb.cell_interface,
+                downlink_bps=cell.downlink_bps,
+                n3_interface=cell.gnb.n3_interface,
+                uplink_bps=cell.uplink_bps,
+            )
+            for cell in self.cells.values()
+            if cell.gnb is not None
+        )
+
     def gate(self, catalogue: Catalogue, queue: PacketQueue | None = None) -> GateConfig:
         """Describe the user plane to the gate: every UE may come through every N3 interface."""
         n3 = tuple(cell.n3_interface for cell in self.cells.values())
@@ -95,7 +145,7 @@ class UserPlaneConfig(ConfigModel):
                 for subscriber in self.subscribers
                 for address in (subscriber.address4, subscriber.address6)
             ),
-            qos_classes=qos.class_ids(catalogue.qos_shares()),
+            dscps=tuple(sorted(set(DSCPS.values()))),
             queue=queue,
             subscriptions=self.subscribed(catalogue) if queue is not None else (),
         )
@@ -118,15 +168,22 @@ def user_plane(config: UserPlaneConfig, catalogue: Catalogue) -> Iterator[LocalU
             "service waits for a target that is not ready"
         )
     gate_config = config.gate(catalogue, queue if parks else None)
-    capacities = {
-        cell.n3_interface: int(cell.downlink_mbps * 1e6) for cell in config.cells.values()
-    }
     ownership.claim_tables(config.upf_netns)
-    ownership.claim_qdiscs(config.upf_netns, capacities, replace=config.replace_qdiscs)
+    n3 = [point.interface for point in config.points]
+    ownership.claim_qdiscs(config.upf_netns, n3, replace=config.replace_qdiscs)
     routing.install(config.upf_netns, gate_config)
-    qos.install(config.upf_netns, capacities, catalogue.qos_shares())
+    qos.install(config.points, catalogue.shared_five_qis)
+    for gnb in config.gnbs:
+        qos.extend(gnb.points, catalogue.shared_five_qis)
     with contextlib.ExitStack() as undo:
-        gate = Gate(config.upf_netns, gate_config, in_place_renewal=renewal, fast_path=fast_path)
+        gate = Gate(
+            config.upf_netns,
+            gate_config,
+            in_place_renewal=renewal,
+            fast_path=fast_path,
+            points=config.points,
+            gnbs=config.gnbs,
+        )
         undo.callback(gate.close)
         buffer = None
         if gate_config.queue is not None:
@@ -141,4 +198,7 @@ def remove(config: UserPlaneConfig) -> None:
     ownership.claim_tables(config.upf_netns)
     remove_gate(config.upf_netns)
     routing.remove(config.upf_netns)
-    qos.remove(config.upf_netns, [cell.n3_interface for cell in config.cells.values()])
+    qos.remove(config.points)
+    for gnb in config.gnbs:
+        qos.withdraw(gnb.points)
+        ran.remove(gnb)

@@ -209,7 +209,7 @@ def _state(link: Mapping[str, Any] | None) -> str:
 def _compare_tc(asked: Asked, qdiscs: list[dict[str, Any]]) -> Iterable[str]:
     for name, rate in asked.rates_mbps.items():
         on_it = [q for q in qdiscs if q["interface"] == name]
-        rates = [q["rate_mbps"] for q in on_it if "rate_mbps" in q]
+        rates = [q["rate_mbps"] for q in on_it if "rate_mbps" in q and q["parent"] == "root"]
         if len(rates) != 1 or abs(rates[0] - rate) > rate * _RATE_TOLERANCE:
             yield f"interface {name}: asked for HTB at {rate} Mbit/s, found {on_it or 'no qdisc'}"
     for name, delay in asked.delays_ms.items():

@@ -5,9 +5,13 @@ from typing import Any
 from pyroute2 import IPRoute
 from pyroute2.netlink.rtnl.tcmsg.common import time2tick
 
-_ROOT = 0x1_0000  # 1:
-_CLASS = 0x1_0001  # 1:1, the only class, and the default one
-_QUEUE = 0x10_0000  # 10:
+_ROOT = 0xA15_0000  # a15:
+_WHOLE = 0xA15_0001  # a15:1, the capacity
+_DEFAULT = 0xA15_0009  # a15:9, where packets are that nobody has put elsewhere
+_QUEUE = 0x9_0000  # 9:
+_DEFAULT_PARTS = 1_000  # of the capacity it has one; the rest it borrows, after others
+_QUANTUM_BYTES = 3_028
+_LAST = 7  # HTB priority
 QUEUE_PACKETS = 1000
 _BURST_MS = 2
 _LEAST_BURST_BYTES = 16_384
@@ -21,22 +25,31 @@ def delay_buffer_packets(delay_ms: float) -> int:
 
 
 def add_htb(rtnl: IPRoute, index: int, rate_mbps: float) -> None:
-    """Send at most at the rate, in one class with a first-in-first-out queue of 1,000 packets."""
+    """Send at most at the rate, through a first-in-first-out queue of 1,000 packets.
+
+    Classes for some packets may be added beside the default one (a15:9), below the whole (a15:1).
+    """
     rate_bytes = int(rate_mbps * 1_000_000 / 8)
     burst_bytes = max(rate_bytes * _BURST_MS // 1000, _LEAST_BURST_BYTES)
-    rtnl.tc("add", "htb", index=index, handle=_ROOT, default=_CLASS & 0xFFFF)
-    rtnl.tc(
-        "add-class",
-        "htb",
-        index=index,
-        handle=_CLASS,
-        parent=_ROOT,
-        rate=rate_bytes,
-        ceil=rate_bytes,
-        burst=burst_bytes,
-        cburst=burst_bytes,
-    )
-    rtnl.tc("add", "pfifo", index=index, handle=_QUEUE, parent=_CLASS, limit=QUEUE_PACKETS)
+    rtnl.tc("add", "htb", index=index, handle=_ROOT, default=_DEFAULT & 0xFFFF)
+    for handle, parent, rate in (
+        (_WHOLE, _ROOT, rate_bytes),
+        (_DEFAULT, _WHOLE, max(rate_bytes // _DEFAULT_PARTS, 1_000)),
+    ):
+        rtnl.tc(
+            "add-class",
+            "htb",
+            index=index,
+            handle=handle,
+            parent=parent,
+            rate=rate,
+            ceil=rate_bytes,
+            burst=burst_bytes,
+            cburst=burst_bytes,
+            prio=0 if handle == _WHOLE else _LAST,
+            quantum=_QUANTUM_BYTES,
+        )
+    rtnl.tc("add", "pfifo", index=index, handle=_QUEUE, parent=_DEFAULT, limit=QUEUE_PACKETS)
 
 
 def add_netem(rtnl: IPRoute, index: int, delay_ms: float) -> None:

@@ -1,7 +1,6 @@
 """What a user plane function is told about the network it stands in."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
@@ -53,13 +52,52 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QosPoint:
+    """An interface where packets wait for capacity, and an HTB tree says whose go first."""
+
+    netns: str  # path
+    interface: str
+    capacity_bps: int
+    uplink: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GnbPort:
+    """A gNB whose QoS is ours to set, as in an emulated network; a real one does it itself.
+
+    On both interfaces there must be an HTB tree a15: of its own, with its capacity as class a15:1.
+    """
+
+    netns: str  # path
+    cell_interface: str
+    downlink_bps: int
+    n3_interface: str
+    uplink_bps: int
+
+    @property
+    def points(self) -> tuple[QosPoint, QosPoint]:
+        """Where its packets queue."""
+        return (
+            QosPoint(
+                netns=self.netns, interface=self.cell_interface, capacity_bps=self.downlink_bps
+            ),
+            QosPoint(
+                netns=self.netns,
+                interface=self.n3_interface,
+                capacity_bps=self.uplink_bps,
+                uplink=True,
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:
     """Interfaces, anchors and UEs of one user plane function."""
 
     n3_interfaces: tuple[str, ...]
     anchors: tuple[AnchorPort, ...]
     attachments: tuple[Attachment, ...]
-    qos_classes: Mapping[str, int] = field(default_factory=dict)  # QoS profile -> tc class id
+    dscps: tuple[int, ...] = ()  # with which packets of QoS flows may be marked
     queue: PacketQueue | None = None  # None: nothing is parked, what has no lease is dropped
     subscriptions: tuple[Flow, ...] = ()  # whose first packets are parked and paged for
     ue_prefixes: tuple[IPv4Network, IPv6Network] = UE_PREFIXES

@@ -34,6 +34,7 @@ EXTHDR_IPV4 = 2
 
 REJECT_ICMPX = 2  # NFT_REJECT_ICMPX_UNREACH
 ADMIN_PROHIBITED = 3  # NFT_REJECT_ICMPX_ADMIN_PROHIBITED
+CSUM_INET = 1
 
 CMP_EQ = 0
 CMP_NEQ = 1
@@ -72,6 +73,28 @@ def payload(base: int, offset: int, length: int, reg: int) -> Expression:
         ("NFTA_PAYLOAD_BASE", base),
         ("NFTA_PAYLOAD_OFFSET", offset),
         ("NFTA_PAYLOAD_LEN", length),
+    )
+
+
+def payload_write(
+    base: int, offset: int, length: int, reg: int, *, checksum_offset: int | None
+) -> Expression:
+    """Write `length` bytes of a register over a header; its Internet checksum is kept right."""
+    checksum = (
+        []
+        if checksum_offset is None
+        else [
+            ("NFTA_PAYLOAD_CSUM_TYPE", CSUM_INET),
+            ("NFTA_PAYLOAD_CSUM_OFFSET", checksum_offset),
+        ]
+    )
+    return _expression(
+        "payload",
+        ("NFTA_PAYLOAD_SREG", reg),
+        ("NFTA_PAYLOAD_BASE", base),
+        ("NFTA_PAYLOAD_OFFSET", offset),
+        ("NFTA_PAYLOAD_LEN", length),
+        *checksum,
     )
 
 
@@ -127,15 +150,15 @@ def compare(value: bytes, reg: int = REG_1, operator: int = CMP_EQ) -> Expressio
     )
 
 
-def mask(bits: bytes, reg: int = REG_1) -> Expression:
-    """Keep only these bits of a register."""
+def mask(bits: bytes, reg: int = REG_1, *, set_bits: bytes = b"") -> Expression:
+    """Keep only these bits of a register, and set others."""
     return _expression(
         "bitwise",
         ("NFTA_BITWISE_SREG", reg),
         ("NFTA_BITWISE_DREG", reg),
         ("NFTA_BITWISE_LEN", len(bits)),
         ("NFTA_BITWISE_MASK", {"attrs": [("NFTA_DATA_VALUE", bits)]}),
-        ("NFTA_BITWISE_XOR", {"attrs": [("NFTA_DATA_VALUE", bytes(len(bits)))]}),
+        ("NFTA_BITWISE_XOR", {"attrs": [("NFTA_DATA_VALUE", set_bits or bytes(len(bits)))]}),
     )
 
 

@@ -22,7 +22,8 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_NETDEV
 from upf import expressions as nft
 from upf.config import GateConfig
 from upf.expressions import Expression
-from upf.messages import Message
+from upf.marking import dscp_chains, marking_map
+from upf.messages import FAST_PREFIX, Message
 from upf.netns import route_socket
 from upf.tables import FAMILIES, TYPE_CLASSID, TYPE_IFINDEX, Family, Table
 
@@ -32,7 +33,7 @@ PACKET_HOST = 0
 IPPROTO_UDP = 17
 ETHER_TYPE_OFFSET, ETHER_TYPES = 12, {4: b"\x08\x00", 6: b"\x86\xdd"}
 IPV6_HEADER_BYTES = 40
-UP, DOWN, PATH, ACCESS = "fast_up", "fast_down", "fast_path", "fast_access"
+UP, DOWN, MARKED, PATH, ACCESS = "fast_up", "fast_down", "fast_marked", "fast_path", "fast_access"
 
 
 class FastPathError(Exception):
@@ -83,9 +84,17 @@ class FastPath:
         yield table.chain("n3", (INGRESS, PRIORITY), n3)
         yield table.chain("n6", (INGRESS, PRIORITY), n6)
         for family in FAMILIES:
-            uplink, downlink = self._uplink(family), _downlink(family)
-            yield table.rule("n3", [*_datagram(family), *self._fits(family, n3, n6), *uplink])
-            yield table.rule("n6", [*_datagram(family), *self._fits(family, n6, n3), *downlink])
+            out = family.name("out")
+            yield table.chain(out)
+            yield table.rule(out, _out(family))
+            goto_out = [nft.goto(out)]
+            yield from dscp_chains(table, family, config.dscps, FAST_PREFIX, goto_out)
+        for family in FAMILIES:
+            uplink = [*_datagram(family), *self._fits(family, n3, n6), *self._uplink(family)]
+            yield table.rule("n3", uplink)
+            datagram = [*_datagram(family), *self._fits(family, n6, n3)]
+            yield table.rule("n6", [*datagram, *_downlink(family)])
+            yield table.rule("n6", [*datagram, *_marked(family)])
         yield from table.elements(self._access())
 
     def _access(self) -> dict[str, dict[bytes, bytes]]:
@@ -118,6 +127,8 @@ class FastPath:
             NFTA_SET_DATA_TYPE=TYPE_CLASSID,
             NFTA_SET_DATA_LEN=4,
         )
+        answers = (address, address, TYPE_IFINDEX)
+        yield marking_map(table, family.name(MARKED), answers, 2 * size + INDEX_BYTES, **counted)
 
     def _uplink(self, family: Family) -> list[Expression]:
         """Incoming interface . UE may be a source; UE . service is leased: on to its anchor.
@@ -200,19 +211,55 @@ def _address(family: Family, offset: int, reg: int) -> Expression:
 
 
 def _downlink(family: Family) -> list[Expression]:
-    """The UE has a path; service . UE . incoming interface is leased: its class, and out.
+    """Service . UE . incoming interface is leased: its class, and out."""
+    first = nft.register(0)
+    device, neighbour = _hop(family)
+    return [
+        *_to_ue(family),
+        nft.from_map(family.name(DOWN), key=first, reg=first),
+        nft.meta_set(nft.META_PRIORITY, first),
+        nft.forward(family.nfproto, device=device, neighbour=neighbour),
+    ]
 
-    The lease comes last, for to be found there is to be counted.
+
+def _marked(family: Family) -> list[Expression]:
+    """As `_downlink`, for leases whose packets get a DSCP: to the chain that writes it."""
+    class_id, dscp = nft.register(0), nft.register(4)
+    return [
+        *_to_ue(family),
+        nft.from_map(family.name(MARKED), key=class_id, reg=class_id),
+        nft.meta_set(nft.META_PRIORITY, class_id),
+        nft.from_map(f"{FAST_PREFIX}{family.name('dscp')}", key=dscp, reg=nft.REG_VERDICT),
+    ]
+
+
+def _out(family: Family) -> list[Expression]:
+    """To where the UE is."""
+    device, neighbour = _hop(family)
+    ue = nft.register(0)
+    return [
+        _address(family, family.destination_offset, ue),
+        nft.from_map(family.name(PATH), key=ue, reg=device),
+        nft.forward(family.nfproto, device=device, neighbour=neighbour),
+    ]
+
+
+def _hop(family: Family) -> tuple[int, int]:
+    """Return the registers of an interface and of a neighbour on it."""
+    first = 2 * family.address_bytes + INDEX_BYTES
+    return nft.register(first), nft.register(first + INDEX_BYTES)
+
+
+def _to_ue(family: Family) -> list[Expression]:
+    """Load service . UE . incoming interface; the UE has a path.
+
+    The lease comes after, for to be found there is to be counted.
     """
     size = family.address_bytes
     service, ue, index = (nft.register(offset) for offset in (0, size, 2 * size))
-    device, neighbour = (nft.register(2 * size + offset) for offset in (4, 8))
     return [
         _address(family, family.source_offset, service),
         _address(family, family.destination_offset, ue),
         nft.meta_load(nft.META_IIF, index),
-        nft.from_map(family.name(PATH), key=ue, reg=device),
-        nft.from_map(family.name(DOWN), key=service, reg=service),
-        nft.meta_set(nft.META_PRIORITY, service),
-        nft.forward(family.nfproto, device=device, neighbour=neighbour),
+        nft.from_map(family.name(PATH), key=ue, reg=_hop(family)[0]),
     ]

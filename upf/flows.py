@@ -4,6 +4,7 @@ A flow is one UE and one service (or server), known here by its key: both addres
 says what a flow should be next. Everything here is pure: no I/O, and the time is an argument.
 """
 
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
@@ -24,13 +25,14 @@ from controlplane.enforcement import (
 from upf.config import GateConfig
 from upf.elements import Counters
 from upf.expressions import u32
-from upf.fastpath import DOWN, UP, Ports
+from upf.fastpath import DOWN, MARKED, UP, Ports
+from upf.marking import Marking, encode_marking
 from upf.tables import FAMILIES, IPV4, ifname_key
+from upf.timed import ElementName, Wanted
 
-NO_CLASS = u32(0)  # tc class id of what has no class of its own
 FROM_ZERO = Counters(0, 0)
+UNMARKED = Marking(0, 0)
 
-ElementName = tuple[str, bytes]  # set, key
 Draining = tuple[tuple[Binding, int], ...]  # a lease that was moved away from, and until when
 
 
@@ -45,11 +47,6 @@ class FlowState(NamedTuple):
 
 
 NO_LEASE = FlowState(None, (), 0)
-
-
-# What an element should be: set, key, data, comment, deadline (CLOCK_MONOTONIC, ns), and counters
-# to start from if it has them of its own. A bare tuple: six of them a lease, on the hot path.
-Wanted = tuple[str, bytes, bytes, bytes, int, Counters | None]
 
 
 def flow_key(flow: Flow) -> bytes:
@@ -142,8 +139,14 @@ class _Place(NamedTuple):
 class LeaseElements:
     """Knows which elements of the gate a lease calls for, in one configuration."""
 
-    def __init__(self, config: GateConfig, ports: Ports | None = None) -> None:
-        """`ports`: the interfaces, if there is a fast path."""
+    def __init__(
+        self,
+        config: GateConfig,
+        class_of: Callable[[Binding], int],
+        ports: Ports | None = None,
+    ) -> None:
+        """`class_of`: the tc class of a lease; `ports`: the interfaces, if there is a fast path."""
+        self._class_of = class_of
         # Of these UEs the fast path knows that they may be a source.
         self._fast_ues = {one.address.packed for one in config.attachments} if ports else set()
         self._anchors: dict[str, _Place] = {}
@@ -158,10 +161,10 @@ class LeaseElements:
                     for address in (anchor.address4, anchor.address6)
                 },
             )
-        self._classes = {name: u32(class_id) for name, class_id in config.qos_classes.items()}
         self._sets = {  # length of a flow's key -> names of the sets of its family
             2 * family.address_bytes: tuple(
-                family.name(stem) for stem in ("steer", "return", "qos", "drain", "hold", UP, DOWN)
+                family.name(stem)
+                for stem in ("steer", "return", "qos", "drain", "hold", UP, DOWN, MARKED)
             )
             for family in FAMILIES
         }
@@ -189,42 +192,44 @@ class LeaseElements:
 
     def of(self, key: bytes, state: FlowState) -> list[Wanted]:
         """Return the elements of a flow, given its key; no two have the same name."""
-        steer, back, qos, drain, hold, up, down = self._sets[len(key)]
+        steer, back, qos, drain, hold, up, *answers = self._sets[len(key)]
         elements: list[Wanted] = []
         binding = state.binding
         if binding is not None:
             if state.held_until_ns:
                 elements.append((hold, key, b"", b"", state.held_until_ns, None))
             comment, until_ns = comment_of(binding), binding.expires_ns
-            class_id = self._classes.get(binding.qos_profile)
+            class_id, dscp = self._class_of(binding), binding.qos.dscp
             if binding.anchor is None:
                 # The one element that says that there is such a lease, so it counts.
-                data = class_id or NO_CLASS
+                data = encode_marking(class_id, dscp)
                 elements.append((qos, key, data, comment, until_ns, FROM_ZERO))
             else:
                 place = self._anchors[binding.anchor]
                 elements.append((steer, key, place.mark, comment, until_ns, None))
                 elements.append((back, key + place.port, b"", comment, until_ns, None))
-                if class_id is not None:
-                    elements.append((qos, key, class_id, comment, until_ns, None))
+                if class_id:
+                    data = encode_marking(class_id, dscp)
+                    elements.append((qos, key, data, comment, until_ns, None))
                 if key[: len(key) // 2] in self._fast_ues:
-                    out, priority = place.hops[len(key)], class_id or NO_CLASS
+                    out = place.hops[len(key)]
                     if not state.held_until_ns:  # what is held must not get past the queue
                         elements.append((up, key, out, comment, until_ns, state.carried))
-                    answer = _downlink_key(key, place)
-                    elements.append((down, answer, priority, comment, until_ns, None))
+                    answer = _fast_answer(answers, key, place, class_id, dscp)
+                    elements.append((*answer, comment, until_ns, None))
         if not state.draining:
             return elements
         named: dict[ElementName, Wanted] = {}
+        # Of one flow the packets of all anchors are marked alike.
+        class_id, dscp = UNMARKED if binding is None else self.marking(binding)
         for old, until_ns in state.draining:
             assert old.anchor is not None  # `check` lets no other move
             comment, place = comment_of(old), self._anchors[old.anchor]
             for name in ((back, key + place.port), (drain, key + place.mark)):
                 named[name] = (*name, b"", comment, until_ns, None)
             if key[: len(key) // 2] in self._fast_ues:
-                faster = (down, _downlink_key(key, place))
-                priority = self._classes.get(old.qos_profile, NO_CLASS)
-                named[faster] = (*faster, priority, comment, until_ns, None)
+                answer = _fast_answer(answers, key, place, class_id, dscp)
+                named[answer[:2]] = (*answer, comment, until_ns, None)
         named |= {wanted[:2]: wanted for wanted in elements}  # anchors may share an interface
         return list(named.values())
 
@@ -236,9 +241,13 @@ class LeaseElements:
         """Return the name of the element that lets a flow's uplink past the IP stack, if any."""
         return (self._sets[len(key)][5], key) if key[: len(key) // 2] in self._fast_ues else None
 
+    def marking(self, binding: Binding) -> Marking:
+        """Return how a lease's packets are marked."""
+        return Marking(self._class_of(binding), binding.qos.dscp)
+
     def counting(self, key: bytes, binding: Binding) -> tuple[ElementName, ...]:
         """Return the names of the elements that count a lease's packets."""
-        steer, back, qos, _, _, up, down = self._sets[len(key)]
+        steer, back, qos, _, _, up, *answers = self._sets[len(key)]
         if binding.anchor is None:
             return ((qos, key),)
         place = self._anchors.get(binding.anchor)
@@ -246,11 +255,21 @@ class LeaseElements:
             return ()
         names: tuple[ElementName, ...] = ((steer, key), (back, key + place.port))
         if key[: len(key) // 2] in self._fast_ues:
-            names += ((up, key), (down, _downlink_key(key, place)))
+            answer = _fast_answer(answers, key, place, 0, binding.qos.dscp)
+            names += ((up, key), answer[:2])
         return names
 
 
-def _downlink_key(key: bytes, place: _Place) -> bytes:
-    """Return the key of a `fast_down` element: service, UE and interface, as packets have them."""
+def _fast_answer(
+    sets: Sequence[str], key: bytes, place: _Place, class_id: int, dscp: int
+) -> tuple[str, bytes, bytes]:
+    """Return set, key and data of a downlink element of the fast path.
+
+    `sets`: of answers that get no DSCP, and of those that get one. The key is service, UE and
+    interface, as packets have them.
+    """
     half = len(key) // 2
-    return key[half:] + key[:half] + place.number
+    name = key[half:] + key[:half] + place.number
+    if dscp:
+        return (sets[1], name, encode_marking(class_id, dscp))
+    return (sets[0], name, u32(class_id))

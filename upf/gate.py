@@ -8,9 +8,9 @@ of this process.
 
 import contextlib
 import hashlib
+import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, NFPROTO_NETDEV
 
@@ -25,35 +25,32 @@ from controlplane.enforcement import (
     Reconciliation,
     Usage,
 )
-from upf.config import GateConfig
+from upf.config import GateConfig, GnbPort, QosPoint
 from upf.elements import Addition, Counters
 from upf.fastpath import PATH, UP, FastPath, FastPathError, Ports, ports
 from upf.flows import (
     NO_LEASE,
-    ElementName,
     FlowState,
     LeaseElements,
-    Wanted,
     comment_of,
     flow_key,
     holding,
     next_state,
     subject,
 )
+from upf.lease_classes import LeaseClasses
 from upf.leases import adopted_flows, enforced_leases
 from upf.messages import SIGNATURE, batch
 from upf.nft_socket import BatchError, NftSocket
 from upf.paths import Paths
+from upf.ran import Ran
 from upf.readback import drop_counters, look_up, read_element, read_elements, table_comments
 from upf.schema import VERSION, Schema
 from upf.tables import FAMILIES, Table
+from upf.timed import GUARD_MS, NS_PER_MS, ElementName, TimedElements
 
-NS_PER_MS = 1_000_000
-# A timeout counts from when the kernel handles the batch, at most this long after it was computed
-# (checked each time); it is shortened by as much, so that no element outlives its lease.
-GUARD_MS = 1
-ELEMENTS_PER_GUARD_MS = 50  # and a large batch takes longer
-MAX_TRIES = 12
+log = logging.getLogger(__name__)
+
 MAX_FLOWS = 1_000  # in a batch of a reconciliation
 # A kernel timeout this close to what the journal says is the same deadline.
 SAME_DEADLINE_MS = 20
@@ -76,6 +73,8 @@ class Gate:
         *,
         in_place_renewal: bool,
         fast_path: bool = False,
+        points: Sequence[QosPoint] = (),
+        gnbs: Sequence[GnbPort] = (),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         """Open the gate's tables in a namespace, making them if they are not there.
@@ -85,26 +84,28 @@ class Gate:
         again what the journal knows. `in_place_renewal`: whether adding an element that exists
         renews its timeout (Linux 6.12 and later); otherwise it is deleted and added in one batch.
         `fast_path`: leased datagrams are forwarded at ingress (`upf.fastpath`; the kernel needs
-        the `fwd` expression). Raises EnforcementError for interfaces that are not there.
+        the `fwd` expression). `points`: where leases' QoS classes stand in this namespace
+        (`qos.install`); `gnbs`: those that are to be told of QoS flows, whose classes stand at
+        their own points. Raises EnforcementError or QosError for interfaces that are not there.
         """
         self._config = config
-        self._in_place_renewal = in_place_renewal
         self._clock = clock
         self._socket = NftSocket(netns_path, in_place_renewal=in_place_renewal)
+        self._timed = TimedElements(self._socket, in_place_renewal=in_place_renewal, clock=clock)
         self._flows: dict[bytes, FlowState] = {}  # by flow_key
         try:
             there = ports(netns_path, config) if fast_path else None
         except FastPathError as error:
             raise EnforcementError(str(error)) from error
-        self._elements = LeaseElements(config, there)
         self.comment = comment = fingerprint(config, there)
         wanted = {NFPROTO_INET: comment}
         if there is not None:
             wanted[NFPROTO_NETDEV] = comment
         found = table_comments(self._socket)
         adopted = found == wanted
+        classes: dict[str, int] = {}
         if adopted:
-            self._flows = adopted_flows(self._socket, config, self._clock())
+            self._flows, classes = adopted_flows(self._socket, config, self._clock())
             self._forget_holds()
         else:
             requests = [Table(family).remove() for family in found]
@@ -112,6 +113,19 @@ class Gate:
             if there is not None:
                 requests += FastPath(config, there).messages(comment)
             self._socket.commit_messages(batch(requests))
+        everywhere = [*points, *(point for gnb in gnbs for point in gnb.points)]
+        self._classes = LeaseClasses(everywhere, classes)
+        self._elements = LeaseElements(config, self._classes.class_of, there)
+        self._rans = [
+            Ran(
+                gnb,
+                config,
+                self._elements.marking,
+                in_place_renewal=in_place_renewal,
+                clock=clock,
+            )
+            for gnb in gnbs
+        ]
         self.paths: Paths | None = None
         if there is not None:
             known = _paths(self._socket) if adopted else {}
@@ -121,6 +135,9 @@ class Gate:
         """Let go of the gate. Leases live on in the kernel until they expire."""
         if self.paths is not None:
             self.paths.close()
+        for ran in self._rans:
+            ran.close()
+        self._classes.close()
         self._socket.close()
 
     # Enforcer
@@ -198,6 +215,7 @@ class Gate:
         adopted: set[str] = set()
         installed: set[str] = set()
         states: dict[bytes, FlowState] = {}
+        kept: dict[str, Binding] = {}  # that have a QoS class
         known: set[bytes] = set()
         now = self._clock()
         for binding in live:
@@ -211,11 +229,15 @@ class Gate:
                     and abs(entry.remaining_ms - left_ms) <= SAME_DEADLINE_MS
                 )
                 current = self._flows.get(key, NO_LEASE)
+                is_ = current.binding
+                same = same and is_ is not None and _marked_alike(is_, binding)
                 state = holding(binding, current.draining, current.held_until_ns if same else 0)
                 state = state._replace(epoch=max(binding.epoch, current.epoch))
                 if same:
                     self._flows[key] = state
                     adopted.add(binding.lease_id)
+                    if binding.qos.guaranteed:
+                        kept[binding.lease_id] = binding
                 else:
                     states[key] = state
                     installed.add(binding.lease_id)
@@ -227,6 +249,12 @@ class Gate:
         for start in range(0, len(keys), MAX_FLOWS):
             some = {key: states[key] for key in keys[start : start + MAX_FLOWS]}
             self._commit(some, self._clock())
+        self._classes.make(kept.values())
+        for ran in self._rans:
+            try:
+                ran.replace(self._flows)
+            except (BatchError, OSError) as error:
+                raise EnforcementError(str(error)) from error
         return Reconciliation(
             adopted=tuple(sorted(adopted - installed)),
             installed=tuple(sorted(installed)),
@@ -313,72 +341,58 @@ class Gate:
             raise EnforcementError(f"lease {binding.lease_id} is over before the gate could open")
 
     def _commit(self, states: dict[bytes, FlowState], now_ns: int) -> None:
-        """Send the difference between what is and what should be as one batch."""
-        elements_of = self._elements.of
-        changes: list[Wanted] = []
-        deletes: list[ElementName] = []
-        for key, state in states.items():
-            current = self._flows.get(key, NO_LEASE)
-            after = elements_of(key, state)
-            if current.binding is None and not current.draining:
-                changes += after
-                continue
-            before = {is_[:2]: is_ for is_ in elements_of(key, current) if is_[4] > now_ns}
-            for wanted in after:
-                is_ = before.pop(wanted[:2], None)
-                if is_ is None:
-                    changes.append(wanted)
-                elif is_ != wanted:
-                    changes.append(self._changed(is_, wanted, deletes))
-            deletes += before
-        try:
-            self._send(deletes, changes)
-        except (BatchError, OSError) as error:
-            raise EnforcementError(str(error)) from error
-        self._flows.update(states)
+        """Bring flows to these states: classes, then gNBs, then the gate, each in one batch.
 
-    def _changed(self, is_: Wanted, wanted: Wanted, deletes: list[ElementName]) -> Wanted:
-        """Return what to add so that a live element becomes what is wanted.
-
-        If it must go first it is appended to `deletes`; a renewed one then counts on from where
-        it was.
+        Raises EnforcementError, and changes nothing in the gate.
         """
-        set_name, key, data, comment, deadline_ns, counters = wanted
-        if is_[2:4] != (data, comment):
-            deletes.append((set_name, key))
-        elif not self._in_place_renewal:
-            deletes.append((set_name, key))
-            found = read_element(self._socket, set_name, key)
-            if found is not None and found.counted:
-                counters = Counters(found.packets, found.bytes)
-        return (set_name, key, data, comment, deadline_ns, counters)
+        held, elements_of = self._flows, self._elements.of
+        ended: set[str] = set()
+        begun: list[tuple[Binding, Binding | None]] = []
+        for key, state in states.items():
+            old, new = held.get(key, NO_LEASE).binding, state.binding
+            if old is not None and old.qos.guaranteed:
+                ended.add(old.lease_id)
+            if new is not None and new.qos.guaranteed:
+                begun.append((new, old))
+        opened = self._classes.open(begun) if begun else []
+        try:
+            self._tell_gnbs(held, states, now_ns)
+            pairs = []
+            for key, state in states.items():
+                current = held.get(key, NO_LEASE)
+                empty = current.binding is None and not current.draining
+                pairs.append(([] if empty else elements_of(key, current), elements_of(key, state)))
+            self._timed.change(pairs, now_ns)
+        except (BatchError, OSError, EnforcementError) as error:
+            with contextlib.suppress(BatchError, OSError, EnforcementError):
+                self._tell_gnbs(states, {key: held.get(key, NO_LEASE) for key in states}, now_ns)
+            self._classes.forget(opened)
+            raise EnforcementError(str(error)) from error
+        held.update(states)
+        if ended:
+            self._classes.forget(ended - {binding.lease_id for binding, _ in begun})
 
-    def _send(self, deletes: list[ElementName], changes: list[Wanted]) -> None:
-        """Send one batch. If it began to count too late to end in time, correct it at once."""
-        deletes.sort(key=itemgetter(0))  # neighbours of one set share a request
-        changes.sort(key=itemgetter(0))
-        least_ms = GUARD_MS + len(changes) // ELEMENTS_PER_GUARD_MS
-        for doublings in range(MAX_TRIES):
-            guard_ms = least_ms << doublings
-            computed_ns = self._clock()
-            ends_ns = computed_ns + guard_ms * NS_PER_MS
-            adds: list[Addition] = []
-            over: list[ElementName] = []
-            for set_name, key, data, comment, deadline_ns, counters in changes:
-                timeout_ms = (deadline_ns - ends_ns) // NS_PER_MS
-                if timeout_ms > 0:
-                    adds.append((set_name, key, timeout_ms, data, comment, counters))
-                else:
-                    over.append((set_name, key))
-            if over:
-                deletes = list(dict.fromkeys(deletes + over))
-            self._socket.commit([*deletes, *adds])
-            if not changes or self._clock() <= ends_ns:
-                return
-            deletes = []
-            changes = [self._changed(wanted, wanted, deletes) for wanted in changes]
-        self._socket.commit([wanted[:2] for wanted in changes])  # fail closed
-        raise EnforcementError("this machine is too slow to time a lease")
+    def _tell_gnbs(
+        self, before: Mapping[bytes, FlowState], after: Mapping[bytes, FlowState], now_ns: int
+    ) -> None:
+        for ran in self._rans:
+            try:
+                ran.change(before, after, now_ns)
+            except (BatchError, OSError) as error:
+                if any(state.binding is not None for state in after.values()):
+                    raise
+                # To close the gate comes first; there it ends at its deadline.
+                log.error("a gNB was not told that leases end: %s", error)
+
+
+def _marked_alike(one: Binding, other: Binding) -> bool:
+    """Return whether a lease's packets are in the same class, with the same DSCP."""
+    is_, wanted = one.qos, other.qos
+    return (one.lease_id, is_.guaranteed, is_.dscp) == (
+        other.lease_id,
+        wanted.guaranteed,
+        wanted.dscp,
+    ) and (is_.guaranteed or not is_.dscp or is_.five_qi == wanted.five_qi)
 
 
 def fingerprint(config: GateConfig, there: Ports | None) -> str:

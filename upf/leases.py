@@ -6,14 +6,16 @@ of QoS alone; any other belongs to the lease that steers.
 
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from controlplane.enforcement import Binding, Enforced, Usage
+from controlplane.enforcement import Binding, Enforced, QosFlow, Usage
 from upf.answers import Element
 from upf.config import GateConfig
-from upf.expressions import u32
-from upf.fastpath import DOWN, UP
-from upf.flows import NO_LEASE, FlowState, flow_of, parse_comment
+from upf.fastpath import DOWN, MARKED, UP
+from upf.flows import NO_LEASE, UNMARKED, FlowState, flow_of, parse_comment
+from upf.marking import Marking
 from upf.nft_socket import NftSocket
+from upf.qos import BEST_EFFORT, is_lease
 from upf.readback import read_elements
 from upf.tables import FAMILIES, Family, ifname_key
 
@@ -39,7 +41,8 @@ def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator
         count(element, element.key, 0)
     for element in read_elements(socket, family.name("return")):
         count(element, element.key[: 2 * half], 2)
-    for element in read_elements(socket, family.name(DOWN)):
+    answers = [each for name in (DOWN, MARKED) for each in read_elements(socket, family.name(name))]
+    for element in answers:
         count(element, element.key[half : 2 * half] + element.key[:half], 2)
     alone = [each for each in read_elements(socket, family.name("qos")) if each.counted]
     for element in alone:
@@ -63,29 +66,38 @@ def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator
         )
 
 
-def adopted_flows(socket: NftSocket, config: GateConfig, now_ns: int) -> dict[bytes, FlowState]:
-    """Learn flows, epochs and drains from the live elements of an earlier process."""
+class Adopted(NamedTuple):
+    """What an earlier process left: flows by key, and classes of GBR leases by lease id."""
+
+    flows: dict[bytes, FlowState]
+    classes: dict[str, int]
+
+
+def adopted_flows(socket: NftSocket, config: GateConfig, now_ns: int) -> Adopted:
+    """Learn flows, epochs, drains and QoS classes from live elements."""
     ports = {ifname_key(anchor.interface): anchor.name for anchor in config.anchors}
-    profiles = {u32(class_id): name for name, class_id in config.qos_classes.items()}
     flows: dict[bytes, FlowState] = {}
+    classes: dict[str, int] = {}
     for family in FAMILIES:
         pair_bytes = 2 * family.address_bytes
-        classes = {}
+        markings: dict[tuple[bytes, bytes], Marking] = {}
         for element in read_elements(socket, family.name("qos")):
-            profile = profiles.get(element.data, "")
+            marking = Marking.decode(element.data)
+            if is_lease(marking.class_id):
+                classes[parse_comment(element.comment)[0]] = marking.class_id
             if element.counted:
-                binding = _binding(element, element.key, None, profile, now_ns)
+                binding = _binding(element, element.key, None, marking, now_ns)
                 flows[element.key] = FlowState(binding, (), binding.epoch)
             else:
-                classes[element.key, element.comment] = profile
+                markings[element.key, element.comment] = marking
         for element in read_elements(socket, family.name("steer")):
             anchor = config.anchor(int.from_bytes(element.data, sys.byteorder))
-            profile = classes.get((element.key, element.comment), "")
-            binding = _binding(element, element.key, anchor, profile, now_ns)
+            marking = markings.get((element.key, element.comment), UNMARKED)
+            binding = _binding(element, element.key, anchor, marking, now_ns)
             flows[element.key] = FlowState(binding, (), binding.epoch)
         for element in read_elements(socket, family.name("return")):
             key, port = element.key[:pair_bytes], element.key[pair_bytes:]
-            binding = _binding(element, key, ports[port], "", now_ns)
+            binding = _binding(element, key, ports[port], UNMARKED, now_ns)
             state = flows.get(key, NO_LEASE)
             if state.binding and state.binding.lease_id == binding.lease_id:
                 continue
@@ -94,11 +106,11 @@ def adopted_flows(socket: NftSocket, config: GateConfig, now_ns: int) -> dict[by
                 (*state.draining, (binding, binding.expires_ns)),
                 max(state.epoch, binding.epoch),
             )
-    return flows
+    return Adopted(flows, classes)
 
 
 def _binding(
-    element: Element, key: bytes, anchor: str | None, qos_profile: str, now_ns: int
+    element: Element, key: bytes, anchor: str | None, marking: Marking, now_ns: int
 ) -> Binding:
     lease_id, epoch = parse_comment(element.comment)
     return Binding(
@@ -106,6 +118,18 @@ def _binding(
         epoch=epoch,
         flows=(flow_of(key),),
         anchor=anchor,
-        qos_profile=qos_profile,
+        qos=_qos(marking),
         expires_ns=now_ns + element.remaining_ms * NS_PER_MS,
+    )
+
+
+def _qos(marking: Marking) -> QosFlow:
+    """Return as much of a QoS flow as its marking tells; the journal knows the rest."""
+    guaranteed = is_lease(marking.class_id)
+    return QosFlow(
+        five_qi=0 if guaranteed else marking.class_id & 0xFFFF or BEST_EFFORT,
+        priority_level=0,
+        guaranteed=guaranteed,
+        delay_critical=False,
+        dscp=marking.dscp,
     )

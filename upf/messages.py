@@ -12,6 +12,8 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 
 SIGNATURE = "ai-paging gate"  # what the comment of a table of ours begins with
 TABLE = "aipaging"  # in the families inet (the gate) and netdev (its fast path)
+RAN_TABLE = "aipaging_ran"  # of a gNB
+RAN_PREFIX = "ran_"  # of the names of sets in it
 FAST_PREFIX = "fast_"  # of the names of sets in the netdev table
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 
@@ -21,6 +23,11 @@ Message = Any  # pyroute2's message classes are untyped
 def family_of(set_name: str) -> int:
     """Return the nftables family of the table that has this set."""
     return int(NFPROTO_NETDEV if set_name.startswith(FAST_PREFIX) else NFPROTO_INET)
+
+
+def table_of(set_name: str) -> str:
+    """Return the name of the table that has this set."""
+    return RAN_TABLE if set_name.startswith(RAN_PREFIX) else TABLE
 
 
 def message(
@@ -46,7 +53,7 @@ def element_message(number: int, set_name: str, elements: list[dict[str, Any]]) 
         nft_set_elem_list_msg,
         number,
         family=family_of(set_name),
-        NFTA_SET_ELEM_LIST_TABLE=TABLE,
+        NFTA_SET_ELEM_LIST_TABLE=table_of(set_name),
         NFTA_SET_ELEM_LIST_SET=set_name,
         NFTA_SET_ELEM_LIST_ELEMENTS=elements,
     )

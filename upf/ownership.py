@@ -6,10 +6,10 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
+from upf.htb import ROOT
 from upf.messages import SIGNATURE, TABLE
 from upf.netns import route_socket
 from upf.nft_socket import NftSocket
-from upf.qos import ROOT
 from upf.readback import table_comments
 
 AT_ROOT = 0xFFFF_FFFF

@@ -1,135 +1,189 @@
-"""QoS classes on the N3 side: an HTB tree that leases put packets into.
+"""The HTB trees that say whose packets go first where capacity is short.
 
-The tree itself gives nobody anything: without a lease's `qos` element every packet is in the
-default class. A profile's class is guaranteed a share of the cell's capacity and goes first; what
-it leaves, and no more than the cell can carry, is best effort.
+A tree gives nobody anything: without a lease's `qos` element every packet is best effort.
 
-    a15:    root
-    a15:1   the cell's capacity
-    a15:10  best effort: what is not guaranteed, up to everything
-    a15:20, a15:21, ...  one class a profile: its share guaranteed, up to everything
+    a15:      root
+    a15:1     the capacity
+    a15:9     best effort, the default: what is left, up to everything
+    a15:5QI   leases of a non-GBR 5QI share one class by it, in the order of their priority levels
+    a15:1000  from here on, one class for each lease of a GBR 5QI (`upf.lease_classes`)
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pyroute2 import IPRoute
 
+from controlplane.enforcement import QosFlow
+from upf.config import QosPoint
+from upf.htb import ROOT, WHOLE, HtbClass, HtbError, HtbSocket
 from upf.netns import route_socket
 
-# A major number that is nobody's habit, as 1: is.
-ROOT, WHOLE, BEST_EFFORT, FIRST_PROFILE = 0xA15_0000, 0xA15_0001, 0xA15_0010, 0xA15_0020
-MAX_PROFILES = 0x100
-QUEUE_PACKETS = 1_000
-BURST_MS = 2
-LEAST_BURST_BYTES = 16_384
-LEAST_BEST_EFFORT_SHARE = 0.01
-PRIORITY_GUARANTEED, PRIORITY_BEST_EFFORT = 0, 1
+BEST_EFFORT = 9  # 5QI, and minor number of its class
+# Minor numbers, and major ones of their queues: above the root's, below those the kernel gives.
+FIRST_LEASE, LAST_LEASE = 0x1000, 0x7FFF
+SHARED_PARTS = 1_000  # a shared class has this part of the capacity at least; the rest it borrows
+
+# HTB has eight priorities: delay-critical GBR, then GBR, then the others, each kind in the order of
+# the 5QIs' priority levels (TS 23.501, 5.7.3.3). A level from the list on is a step later.
+CRITICAL = 0
+GBR, GBR_LEVELS = 1, (25,)
+SHARED, SHARED_LEVELS = 3, (50, 62, 70, 90)
 
 
 class QosError(Exception):
     """QoS classes could not be set, or are not what was set."""
 
 
-def class_ids(shares: Mapping[str, float]) -> dict[str, int]:
-    """Return the tc class of each profile that has a guaranteed share; others are best effort."""
-    names = [name for name, share in shares.items() if share > 0]
-    if len(names) > MAX_PROFILES:
-        raise QosError(f"more than {MAX_PROFILES} QoS profiles")
-    return {name: FIRST_PROFILE + number for number, name in enumerate(names)}
+def priority(qos: QosFlow) -> int:
+    """Return the HTB priority of a QoS flow; 0 goes first."""
+    if qos.delay_critical:
+        return CRITICAL
+    if qos.guaranteed:
+        return GBR + sum(qos.priority_level >= level for level in GBR_LEVELS)
+    return _shared_priority(qos.priority_level)
 
 
-def install(
-    netns_path: str, capacities_bps: Mapping[str, int], shares: Mapping[str, float]
-) -> None:
-    """Put the tree on every interface of `capacities_bps` (name -> bit/s), and read it back.
+def install(points: Iterable[QosPoint], shared: Mapping[int, int]) -> None:
+    """Put a tree on every interface, and read it back.
 
-    `shares`: of the capacity, guaranteed to each profile; their sum may be 1 at most. A tree that
-    is there already is kept if it is the same, so that a restart disturbs no packet.
+    `shared`: the non-GBR 5QIs in use, and the priority level of each. A tree that is there already
+    is kept if it is the same, with its leases' classes, so that a restart disturbs no packet.
     """
-    if not 0 <= sum(shares.values()) <= 1:
-        raise QosError("QoS profiles guarantee more than the whole capacity")
-    with route_socket(netns_path) as routes:
-        for name, capacity_bps in capacities_bps.items():
-            found = routes.link_lookup(ifname=name)
-            if not found:
-                raise QosError(f"there is no interface {name}")
-            wanted = _wanted(capacity_bps, shares)
-            if _read(routes, found[0]) != wanted:
-                _build(routes, found[0], wanted)
-                if (is_ := _read(routes, found[0])) != wanted:
-                    raise QosError(f"{name}: asked for HTB classes {wanted}, found {is_}")
+    for point in points:
+        with _interface(point) as (routes, index):
+            capacity = point.capacity_bps // 8
+            wanted = {WHOLE: HtbClass(WHOLE, ROOT, capacity, capacity, 0)}
+            wanted |= _shared(capacity, {BEST_EFFORT: 90, **shared})
+            if read(routes, index) != wanted:
+                _remove(routes, index)
+                routes.tc("add", "htb", index=index, handle=ROOT, default=BEST_EFFORT)
+                _make(point, index, wanted.values())
+                _check(point, wanted, read(routes, index))
 
 
-def remove(netns_path: str, interfaces: Iterable[str]) -> None:
-    """Take the tree away from these interfaces, those of them that are there and have it."""
-    with route_socket(netns_path) as routes:
-        for name in interfaces:
-            for index in routes.link_lookup(ifname=name):
+def extend(points: Iterable[QosPoint], shared: Mapping[int, int]) -> None:
+    """Add the classes that leases share to trees of others, and read them back.
+
+    Best effort must be such a tree's default, and borrow what it has.
+    """
+    for point in points:
+        with _interface(point) as (routes, index):
+            found = read(routes, index)
+            if WHOLE not in found:
+                raise QosError(
+                    f"{point.interface}: no HTB tree a15: with its capacity as class a15:1"
+                )
+            others = {five_qi: level for five_qi, level in shared.items() if five_qi != BEST_EFFORT}
+            wanted = found | _shared(found[WHOLE].ceil, others)
+            missing = [one for name, one in wanted.items() if found.get(name) != one]
+            if missing:
+                _make(point, index, missing)
+                _check(point, wanted, read(routes, index))
+
+
+def remove(points: Iterable[QosPoint]) -> None:
+    """Take the trees away from these interfaces, those of them that are there and have one."""
+    for point in points:
+        with _routes(point) as routes:
+            for index in routes.link_lookup(ifname=point.interface):
                 _remove(routes, index)
 
 
-# class id -> (parent, guaranteed bytes/s, most bytes/s, priority)
-_Tree = dict[int, tuple[int, int, int, int]]
+def withdraw(points: Iterable[QosPoint]) -> None:
+    """Take from trees of others whatever was added to them: all but capacity and default."""
+    for point in points:
+        with _routes(point) as routes:
+            for index in routes.link_lookup(ifname=point.interface):
+                keep = {WHOLE} | {
+                    ROOT | qdisc.get_attr("TCA_OPTIONS").get_attr("TCA_HTB_INIT")["defcls"]
+                    for qdisc in routes.get_qdiscs()
+                    if _is_tree(qdisc, index)
+                }
+                with contextlib.closing(HtbSocket(point.netns)) as handle:
+                    handle.remove((index, one) for one in class_ids(routes, index) - keep)
 
 
-def _wanted(capacity_bps: int, shares: Mapping[str, float]) -> _Tree:
-    whole = capacity_bps // 8
-    rest = max(1 - sum(shares.values()), LEAST_BEST_EFFORT_SHARE)
-    tree = {
-        WHOLE: (ROOT, whole, whole, 0),
-        BEST_EFFORT: (WHOLE, int(whole * rest), whole, PRIORITY_BEST_EFFORT),
-    }
-    for name, class_id in class_ids(shares).items():
-        tree[class_id] = (WHOLE, int(whole * shares[name]), whole, PRIORITY_GUARANTEED)
-    return tree
+def is_lease(class_id: int) -> bool:
+    """Return whether a class is a lease's own."""
+    return FIRST_LEASE <= class_id & 0xFFFF <= LAST_LEASE
 
 
-def _build(routes: IPRoute, index: int, tree: _Tree) -> None:
-    _remove(routes, index)
-    routes.tc("add", "htb", index=index, handle=ROOT, default=BEST_EFFORT & 0xFFFF)
-    for class_id, (parent, rate, ceil, priority) in tree.items():
-        burst = max(ceil * BURST_MS // 1_000, LEAST_BURST_BYTES)
-        routes.tc(
-            "add-class",
-            "htb",
-            index=index,
-            handle=class_id,
-            parent=parent,
-            rate=rate,
-            ceil=ceil,
-            burst=burst,
-            cburst=burst,
-            prio=priority,
-        )
-        if class_id != WHOLE:
-            queue = (class_id & 0xFFFF) << 16
-            routes.tc(
-                "add", "pfifo", index=index, handle=queue, parent=class_id, limit=QUEUE_PACKETS
-            )
+def class_ids(routes: IPRoute, index: int) -> set[int]:
+    """Return the ids of all classes on an interface; none if it has no tree of ours."""
+    if not any(_is_tree(qdisc, index) for qdisc in routes.get_qdiscs()):
+        return set()
+    return {int(found["handle"]) for found in routes.get_classes(index=index)}
 
 
-def _remove(routes: IPRoute, index: int) -> None:
-    if any(_is_ours(qdisc, index) for qdisc in routes.get_qdiscs()):
-        routes.tc("del", index=index, handle=ROOT, root=True)
-
-
-def _read(routes: IPRoute, index: int) -> _Tree:
-    if not any(_is_ours(qdisc, index) for qdisc in routes.get_qdiscs()):
-        return {}
-    tree: _Tree = {}
+def read(routes: IPRoute, index: int) -> dict[int, HtbClass]:
+    """Read the classes of an interface's tree, but for those of leases."""
+    tree: dict[int, HtbClass] = {}
+    if not any(_is_tree(qdisc, index) for qdisc in routes.get_qdiscs()):
+        return tree
     for found in routes.get_classes(index=index):
-        parameters = found.get_attr("TCA_OPTIONS").get_attr("TCA_HTB_PARMS")
-        tree[found["handle"]] = (
+        if is_lease(found["handle"]):
+            continue
+        options = found.get_attr("TCA_OPTIONS")
+        parameters = options.get_attr("TCA_HTB_PARMS")
+        tree[found["handle"]] = HtbClass(
+            found["handle"],
             ROOT if found["parent"] == 0xFFFF_FFFF else found["parent"],
-            parameters["rate"],
-            parameters["ceil"],
+            options.get_attr("TCA_HTB_RATE64") or parameters["rate"],
+            options.get_attr("TCA_HTB_CEIL64") or parameters["ceil"],
             parameters["prio"],
         )
     return tree
 
 
-def _is_ours(qdisc: Any, index: int) -> bool:
+def _routes(point: QosPoint) -> IPRoute:
+    try:
+        return route_socket(point.netns)
+    except OSError as error:
+        raise QosError(f"network namespace {point.netns}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _interface(point: QosPoint) -> Iterator[tuple[IPRoute, int]]:
+    with _routes(point) as routes:
+        found = routes.link_lookup(ifname=point.interface)
+        if not found:
+            raise QosError(f"there is no interface {point.interface}")
+        yield routes, found[0]
+
+
+def _shared(capacity: int, shared: Mapping[int, int]) -> dict[int, HtbClass]:
+    least = max(capacity // SHARED_PARTS, 1)
+    return {
+        ROOT | five_qi: HtbClass(ROOT | five_qi, WHOLE, least, capacity, _shared_priority(level))
+        for five_qi, level in shared.items()
+    }
+
+
+def _shared_priority(level: int) -> int:
+    return SHARED + sum(level >= one for one in SHARED_LEVELS)
+
+
+def _make(point: QosPoint, index: int, classes: Iterable[HtbClass]) -> None:
+    with contextlib.closing(HtbSocket(point.netns)) as handle:
+        try:
+            handle.make((index, one) for one in classes)
+        except HtbError as error:
+            raise QosError(f"{point.interface}: {error}") from error
+
+
+def _check(point: QosPoint, wanted: dict[int, HtbClass], found: dict[int, HtbClass]) -> None:
+    if found != wanted:
+        raise QosError(f"{point.interface}: asked for HTB classes {wanted}, found {found}")
+
+
+def _remove(routes: IPRoute, index: int) -> None:
+    if any(_is_tree(qdisc, index) for qdisc in routes.get_qdiscs()):
+        routes.tc("del", index=index, handle=ROOT, root=True)
+
+
+def _is_tree(qdisc: Any, index: int) -> bool:
     return bool(
         qdisc["index"] == index and qdisc["handle"] == ROOT and qdisc.get_attr("TCA_KIND") == "htb"
     )

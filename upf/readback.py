@@ -24,13 +24,13 @@ ElementName = tuple[str, bytes]  # set, key
 _decoder = lru_cache(maxsize=64)(ElementDecoder)
 
 
-def table_comments(socket: NftSocket) -> dict[int, str]:
-    """Return the comments of the tables of our name, by nftables family."""
+def table_comments(socket: NftSocket, name: str = TABLE) -> dict[int, str]:
+    """Return the comments of the tables of a name of ours, by nftables family."""
     found = {}
     for family in (NFPROTO_INET, NFPROTO_NETDEV):
         query = message(nft_table_msg, NFT_MSG_GETTABLE, flags=NLM_F_REQUEST, family=family)
         for table in socket.dump(query):
-            if table.get_attr("NFTA_TABLE_NAME") == TABLE and table["nfgen_family"] == family:
+            if table.get_attr("NFTA_TABLE_NAME") == name and table["nfgen_family"] == family:
                 comment = table.get_attr("NFTA_TABLE_USERDATA")
                 found[family] = comment if isinstance(comment, str) else ""
     return found

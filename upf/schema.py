@@ -8,7 +8,7 @@
                              `--> as a UE or an anchor that is elsewhere --> spoofed_source
     prerouting, mangle   gate_tcp: the same for TCP, after conntrack
     forward              what a route of its own led past the gate: as there, or source_routed
-                         a source that is not that UE's own --> spoofed_source; QoS class
+                         a source that is not that UE's own --> spoofed_source; QoS class, DSCP
 
 With a packet queue, what a lease holds (`hold`), and first packets of subscriptions (`subscribed`),
 go to `park` before they would be steered or dropped; user space gives them no route, it lets them
@@ -28,11 +28,11 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, NFPROTO_IPV4
 from upf import expressions as nft
 from upf.config import MARK_BASE, MARK_MASK, RELEASED_MARK, GateConfig, PacketQueue, QueueBy
 from upf.expressions import Expression
+from upf.marking import dscp_chains, mark, qos_map
 from upf.messages import Message
 from upf.tables import (
     FAMILIES,
     IFNAME_BYTES,
-    TYPE_CLASSID,
     TYPE_IFNAME,
     TYPE_MARK,
     Family,
@@ -99,6 +99,8 @@ class Schema:
         yield table.make(comment)
         yield from _sets(table)
         yield from _chains(table)
+        for family in FAMILIES:
+            yield from dscp_chains(table, family, self.config.dscps)
         for chain, expressions in self._rules():
             yield table.rule(chain, expressions)
         yield from table.elements(self._elements())
@@ -243,8 +245,8 @@ class Schema:
         """
         forward = family.name("forward")
         yield forward, [*_iif_in("n3"), *_not_its_own(family), nft.goto("spoofed_source")]
-        qos = [*_key(family, "daddr", "saddr"), nft.from_map(family.name("qos"))]
-        yield forward, [*within(family, "daddr", ues), *qos, nft.meta_set(nft.META_PRIORITY)]
+        marked = mark(family, _key(family, "daddr", "saddr"), dscp=True)
+        yield forward, [*within(family, "daddr", ues), *marked]
 
 
 _NOT_TCP = [
@@ -304,19 +306,16 @@ def _sets(table: Table) -> Iterator[Message]:
         address, size = family.address_type, family.address_bytes
         yield table.set(family.name("access"), (TYPE_IFNAME, address), IFNAME_BYTES + size)
         yield table.set(family.name("anchors"), (address,), size)
-        for stem, data_type, extra in (
-            ("steer", TYPE_MARK, counter),
-            ("qos", TYPE_CLASSID, {}),
-        ):
-            yield table.set(
-                family.name(stem),
-                (address, address),
-                2 * size,
-                flags={"NFT_SET_MAP", "NFT_SET_TIMEOUT"},
-                NFTA_SET_DATA_TYPE=data_type,
-                NFTA_SET_DATA_LEN=4,
-                **extra,
-            )
+        yield table.set(
+            family.name("steer"),
+            (address, address),
+            2 * size,
+            flags={"NFT_SET_MAP", "NFT_SET_TIMEOUT"},
+            NFTA_SET_DATA_TYPE=TYPE_MARK,
+            NFTA_SET_DATA_LEN=4,
+            **counter,
+        )
+        yield qos_map(table, family, family.name("qos"))
         timed = {"NFT_SET_TIMEOUT"}
         yield table.set(
             family.name("return"),

@@ -25,6 +25,7 @@ from upf.expressions import Expression
 from upf.messages import TABLE, Message, element_message, key_attribute, message
 
 IFNAME_BYTES = 16
+NFT_DATA_VERDICT = 0xFFFFFF00  # data type of verdict maps
 MOST_ELEMENTS = 256  # in one request
 
 # nftables' own numbers for data types, so that `nft list table` prints the sets readably.
@@ -71,9 +72,10 @@ def within(
 
 @dataclass(slots=True)
 class Table:
-    """Builds requests about the table of our name in one nftables family (`inet`, `netdev`)."""
+    """Builds requests about a table of ours in one nftables family (`inet`, `netdev`)."""
 
     family: int  # NFPROTO_INET or NFPROTO_NETDEV
+    name: str = TABLE
     _sets: int = 0
 
     def make(self, comment: str) -> Message:
@@ -82,13 +84,15 @@ class Table:
             nft_table_msg,
             NFT_MSG_NEWTABLE,
             family=self.family,
-            NFTA_TABLE_NAME=TABLE,
+            NFTA_TABLE_NAME=self.name,
             NFTA_TABLE_USERDATA=comment,
         )
 
     def remove(self) -> Message:
         """Delete the table with all that is in it."""
-        return message(nft_table_msg, NFT_MSG_DELTABLE, family=self.family, NFTA_TABLE_NAME=TABLE)
+        return message(
+            nft_table_msg, NFT_MSG_DELTABLE, family=self.family, NFTA_TABLE_NAME=self.name
+        )
 
     def set(self, name: str, types: tuple[int, ...], length: int, **extra: Any) -> Message:
         """Make a set or map; `types` and `length` (bytes) are those of its key."""
@@ -100,13 +104,13 @@ class Table:
         order = []
         if types == (TYPE_IFNAME,):
             order.append(("NFTNL_UDATA_SET_KEYBYTEORDER", host_order))
-        if "NFTA_SET_DATA_TYPE" in extra:
+        if extra.get("NFTA_SET_DATA_TYPE", NFT_DATA_VERDICT) != NFT_DATA_VERDICT:
             order.append(("NFTNL_UDATA_SET_DATABYTEORDER", host_order))
         return message(
             nft_set_msg,
             NFT_MSG_NEWSET,
             family=self.family,
-            NFTA_SET_TABLE=TABLE,
+            NFTA_SET_TABLE=self.name,
             NFTA_SET_NAME=name,
             NFTA_SET_ID=self._sets,
             NFTA_SET_FLAGS=extra.pop("flags", set()),
@@ -139,7 +143,7 @@ class Table:
             nft_chain_msg,
             NFT_MSG_NEWCHAIN,
             family=self.family,
-            NFTA_CHAIN_TABLE=TABLE,
+            NFTA_CHAIN_TABLE=self.name,
             NFTA_CHAIN_NAME=name,
             **base,
         )
@@ -150,7 +154,7 @@ class Table:
             nft_rule_msg,
             NFT_MSG_NEWRULE,
             family=self.family,
-            NFTA_RULE_TABLE=TABLE,
+            NFTA_RULE_TABLE=self.name,
             NFTA_RULE_CHAIN=chain,
             NFTA_RULE_EXPRESSIONS=expressions,
         )

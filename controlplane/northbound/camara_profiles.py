@@ -92,13 +92,12 @@ def document(profile: QosProfile) -> dict[str, Any]:
         if rate_bps is not None:
             shown[name] = rate(rate_bps)
     for name, value_ms in (
-        ("packetDelayBudget", profile.packet_delay_budget_ms),
+        ("packetDelayBudget", profile.delay_budget_ms),
         ("jitter", profile.jitter_ms),
     ):
         if value_ms is not None:
             shown[name] = {"value": value_ms, "unit": "Milliseconds"}
-    if profile.packet_error_loss_rate is not None:
-        shown["packetErrorLossRate"] = profile.packet_error_loss_rate
+    shown["packetErrorLossRate"] = profile.error_loss_exponent
     return shown
 
 

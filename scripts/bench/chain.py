@@ -15,14 +15,14 @@ from math import isqrt
 from pathlib import Path
 
 from controlplane.enforcement import Address, Binding, Flow, Install
+from controlplane.five_qi import DSCPS, qos_flow
 from upf import routing
 from upf.config import SERVICE_PREFIXES, UE_PREFIXES, AnchorPort, Attachment, GateConfig
 from upf.features import Features
 from upf.gate import Gate
 from upf.netns import Namespace, connect
 
-QOS_PROFILE = "bench"
-QOS_CLASS_ID = 0x0001_0010  # tc class 1:10; there is no such class here: it costs its lookup
+QOS = qos_flow(80, 0, 0, None, None)  # there is no such class here: it costs its lookup
 LEASE_TTL_NS = 3600 * 1_000_000_000
 LEASES_PER_BATCH = 100
 N3, RADIO = "n3", "radio"
@@ -63,7 +63,7 @@ def gate_config(anchors: int, ues: Iterable[Address]) -> GateConfig:
         n3_interfaces=(N3,),
         anchors=tuple(ports),
         attachments=tuple(Attachment(N3, ue) for ue in ues),
-        qos_classes={QOS_PROFILE: QOS_CLASS_ID},
+        dscps=tuple(sorted(set(DSCPS.values()))),
     )
 
 
@@ -150,7 +150,7 @@ class Chain:
                 epoch=epoch,
                 flows=tuple(Flow(ue, service) for ue, service in flows),
                 anchor=edge(number // services_per_ue % self._anchors),
-                qos_profile=QOS_PROFILE,
+                qos=QOS,
                 expires_ns=expires_ns,
             )
             for number, flows in enumerate(zip(*pairs, strict=True))

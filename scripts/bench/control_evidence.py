@@ -111,6 +111,7 @@ def _page(number: int, now_ns: int) -> tuple[Prepared, Committed]:
         ),
         epoch=1,
         qos_profile="QOS_E",
+        five_qi=80,
         cell="gnb1",
         downlink_bps=0,
         uplink_bps=0,

@@ -46,7 +46,7 @@ def catalogue() -> Catalogue:
         "cost": 1.0,
         "hosts": [{"aisi": service["aisi"], "service_time_ms": 20.0} for service in services],
     }
-    profile = {"name": "QOS_E", "guaranteed_share": 0.5}
+    profile = {"name": "QOS_E", "five_qi": 80}
     return Catalogue.model_validate(
         {"qos_profiles": [profile], "services": services, "anchors": [anchor]}
     )

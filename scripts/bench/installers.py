@@ -23,6 +23,7 @@ from upf import fastpath
 from upf.elements import MAX_ELEMENTS, Add
 from upf.fastpath import INDEX_BYTES
 from upf.flows import LeaseElements, flow_key, holding
+from upf.marking import Marking
 from upf.messages import TABLE, batch, element_message, family_of, key_attribute
 from upf.netns import in_namespace
 from upf.nft_socket import NftSocket
@@ -195,7 +196,10 @@ def _as_text(add: Add) -> str:
     match add.set_name[:-1]:
         case "steer":
             text += f" : {_number(add.data):#x}"
-        case "qos" | fastpath.DOWN:
+        case "qos" | fastpath.MARKED:
+            class_id, dscp = Marking.decode(add.data)
+            text += f" : {class_id >> 16:x}:{class_id & 0xFFFF:x} . {dscp:#x}"
+        case fastpath.DOWN:
             text += f" : {_number(add.data) >> 16:x}:{_number(add.data) & 0xFFFF:x}"
         case fastpath.UP:
             hop = add.data[INDEX_BYTES : INDEX_BYTES + size]

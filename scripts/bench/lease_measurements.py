@@ -11,7 +11,7 @@ from ipaddress import ip_address
 
 from controlplane.enforcement import Binding, Flow, Install, Move, Operation, Renew, Revoke
 from scripts.bench.apart import GateApart
-from scripts.bench.chain import QOS_PROFILE, Chain, edge, gate_config, install
+from scripts.bench.chain import QOS, Chain, edge, gate_config, install
 from scripts.bench.installers import (
     CommandLineInstaller,
     Installer,
@@ -26,6 +26,7 @@ from upf.config import GateConfig
 from upf.elements import Add, Delete, encode_batch
 from upf.features import Features
 from upf.flows import LeaseElements
+from upf.lease_classes import LeaseClasses
 from upf.readback import read_element
 
 UE = "10.45.0.1", "fd00:45::1"
@@ -45,7 +46,7 @@ def binding(number: int, versions: tuple[int, ...], *, epoch: int = 1, anchor: i
         epoch=epoch,
         flows=flows,
         anchor=edge(anchor),
-        qos_profile=QOS_PROFILE,
+        qos=QOS,
         expires_ns=time.monotonic_ns() + ONE_HOUR_NS,
     )
 
@@ -64,7 +65,7 @@ class LeaseMeasurements:
         assert chain.gate is not None
         self.gate, namespace = chain.gate, chain.upf
         ports = fastpath.ports(namespace.path, config()) if features.netdev_forward else None
-        self._lease_elements = LeaseElements(config(), ports)
+        self._lease_elements = LeaseElements(config(), LeaseClasses((), {}).class_of, ports)
         self.elements_per_commit = len(self._elements(0))
         self.packed = PackedInstaller(namespace.path)
         self.installers: dict[str, Installer] = {

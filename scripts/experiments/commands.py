@@ -29,6 +29,10 @@ run = LazyGroup(
             "scripts.experiments.commands:continuity",
             "Move clients that read token streams; count what breaks.",
         ),
+        "qos": (
+            "scripts.experiments.commands:qos",
+            "Congest a cell; compare GBR and low-latency flows with what they were promised.",
+        ),
         "expiry": (
             "scripts.experiments.commands:expiry",
             "Let leases expire, the controller dead in half; count what still passes.",
@@ -275,6 +279,49 @@ def expiry(**options: Any) -> None:
     after it granted, so that nothing of ours is left to end them: only the kernel is.
     """
     from scripts.experiments import expiry as experiment
+
+    experiment.run(experiment.Options(**_typed(options)))
+    _finish(options["out"])
+
+
+@click.command()
+@_common_options
+@click.option(
+    "--cell-mbps",
+    type=click.IntRange(10, 1_000),
+    default=100,
+    show_default=True,
+    help="What the cell carries in each direction.",
+)
+@click.option(
+    "--streams",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Greedy TCP connections that fill it.",
+)
+@click.option(
+    "--seconds",
+    type=click.IntRange(2, 3_600),
+    default=10,
+    show_default=True,
+    help="Of each arm and direction.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1, 1_000), default=1, show_default=True, help="Of all arms."
+)
+def qos(**options: Any) -> None:
+    """Congest a cell; compare QoS flows with what they were promised.
+
+    Four UEs in one cell: a GBR flow at its GFBR, one that would exceed its MFBR, small packets of
+    5QI 80, and greedy TCP. Arm qos: each with its QoS profile. Arm none: all with best effort, the
+    control in which nothing may be kept. Downlink and uplink. --rate and --ues have no effect here.
+
+    \b
+    Example:
+      aipaging run qos --seconds 20 --rounds 5 --out results/qos
+    """
+    from scripts.experiments import qos as experiment
 
     experiment.run(experiment.Options(**_typed(options)))
     _finish(options["out"])

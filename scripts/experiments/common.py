@@ -3,7 +3,7 @@
 import os
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -127,7 +127,12 @@ def run(
 
 
 def write_manifest(
-    common: Common, experiment: str, scenario: Scenario, network: Network, plan: ProbePlan | None
+    common: Common,
+    experiment: str,
+    scenario: Scenario,
+    network: Network,
+    plan: ProbePlan | None,
+    traffic: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the manifest, before the first packet."""
     options = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(common).items()}
@@ -140,6 +145,7 @@ def write_manifest(
         features=scenario.features,
         network=network,
         plan=plan,
+        traffic=traffic or {},
     )
     write_json(common.out / MANIFEST_FILE, described)
     for line in describe(described["link_delays"]):

@@ -9,14 +9,15 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from controlplane.enforcement import Binding, Flow
+from controlplane.five_qi import DSCPS, qos_flow
 from upf import routing
 from upf.buffering import PacketBuffer
-from upf.config import AnchorPort, Attachment, GateConfig, PacketQueue
+from upf.config import AnchorPort, Attachment, GateConfig, PacketQueue, QosPoint
 from upf.features import probe
 from upf.gate import Gate
 from upf.netns import Namespace, connect
 from upf.parking import ParkingLimits
-from upf.qos import FIRST_PROFILE
+from upf.qos import ROOT
 
 UE = {4: ("10.45.0.1", "10.45.0.2"), 6: ("fd00:45::1", "fd00:45::2")}
 SERVICE = {4: "198.18.0.1", 6: "fd00:a151::1"}
@@ -27,7 +28,9 @@ ANCHOR = {
 PORT = 7
 QUIET_S = 0.15  # long enough for a packet to have arrived, had it been let through
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
-QOS_CLASS = FIRST_PROFILE
+BEST_EFFORT = qos_flow(9, 0, 0, None, None)
+LOW_LATENCY = qos_flow(80, 0, 0, None, None)
+SHARED_CLASS = ROOT | 80
 
 
 @functools.cache
@@ -45,6 +48,7 @@ class Plane:
         """`subscribed`: UE 1 has a subscription to the service, and packets can wait."""
         self.in_place_renewal = in_place_renewal
         self.fast_path = fast_path
+        self.points: list[QosPoint] = []  # of gates opened from now on
         self.hosts = {name: Namespace() for name in ("ue1", "ue2", "upf", "a", "b")}
         self.config = GateConfig(
             n3_interfaces=("n3-1", "n3-2"),
@@ -62,7 +66,7 @@ class Plane:
                 for number in (1, 2)
                 for version in (4, 6)
             ),
-            qos_classes={"QOS_E": QOS_CLASS},
+            dscps=tuple(sorted(set(DSCPS.values()))),
             queue=packet_queue() if subscribed else None,
             subscriptions=tuple(
                 Flow(ip_address(UE[version][0]), ip_address(SERVICE[version]))
@@ -82,6 +86,7 @@ class Plane:
             in_place_renewal=self.in_place_renewal,
             fast_path=self.fast_path,
             clock=clock,
+            points=self.points,
         )
 
     def open_buffer(self, limits: ParkingLimits | None = None) -> PacketBuffer:
@@ -208,7 +213,7 @@ class Plane:
                 for version in versions
             ),
             anchor=anchor,
-            qos_profile="QOS_E",
+            qos=BEST_EFFORT,
             expires_ns=time.monotonic_ns() + ttl_ms * 1_000_000,
         )
 
@@ -229,6 +234,27 @@ class Plane:
         ):
             sender.sendto(b"y", (address, PORT))
             return receives(receiver)
+
+    def marked(self, version: int, ecn: int = 1) -> tuple[int, int] | None:
+        """Return DSCP and ECN of a packet as UE 1 gets it from anchor a, sent with DSCP 4."""
+        level, option, told = (
+            (socket.IPPROTO_IP, socket.IP_TOS, 13)
+            if version == 4
+            else (socket.IPPROTO_IPV6, socket.IPV6_TCLASS, socket.IPV6_RECVTCLASS)
+        )
+        with (
+            self.open_socket("ue1", version, UE[version][0]) as receiver,
+            self.open_socket("a", version, SERVICE[version]) as sender,
+        ):
+            sender.setsockopt(level, option, 4 << 2 | ecn)
+            receiver.setsockopt(level, told, 1)
+            sender.sendto(b"y", (UE[version][0], PORT))
+            try:
+                _, ancillary, _, _ = receiver.recvmsg(100, 64)
+            except TimeoutError:
+                return None
+            tos = ancillary[0][2][0]
+            return tos >> 2, tos & 3
 
 
 def heard(listeners: dict[str, socket.socket]) -> str | None:

@@ -64,7 +64,7 @@ LIFE_S = 10.0  # at most so long one lives
 
 CATALOGUE = Catalogue.model_validate(
     {
-        "qos_profiles": [{"name": "QOS_E", "guaranteed_share": 0.5}],
+        "qos_profiles": [{"name": "QOS_E", "five_qi": 80}],
         "services": [
             {
                 **{"aisi": "chat", "task": TASK, "model": "m"},
@@ -92,7 +92,6 @@ GATE = GateConfig(
         for number, name in enumerate(ANCHORS, start=1)
     ),
     attachments=(),
-    qos_classes={"QOS_E": 0x10020},
 )
 SUBSCRIBERS = [
     Subscriber(f"ue{n}", IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n:x}"), "gnb1")

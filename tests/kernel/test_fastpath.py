@@ -4,15 +4,28 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-from plane import FAMILY, PORT, QOS_CLASS, SERVICE, UE, Plane, heard, plane, receives
+from plane import (
+    FAMILY,
+    LOW_LATENCY,
+    PORT,
+    SERVICE,
+    SHARED_CLASS,
+    UE,
+    Plane,
+    heard,
+    plane,
+    receives,
+)
 from scapy.layers.inet import IP, UDP, IPOption
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.packet import Packet, Raw
 
 from controlplane.enforcement import EndDrain, Install, Move, Revoke
 from upf import qos
+from upf.config import QosPoint
 from upf.features import probe
 from upf.gate import remove
 from upf.readback import read_elements
@@ -150,14 +163,18 @@ def test_it_follows_the_route_to_a_ue(net: Plane, version: int) -> None:
 
 @VERSIONS
 def test_its_packets_are_in_their_leases_class(net: Plane, version: int) -> None:
-    capacities = dict.fromkeys(net.config.n3_interfaces, 1_000_000_000)
-    qos.install(net.hosts["upf"].path, capacities, {"QOS_E": 0.5})
-    net.gate.apply([Install(net.binding("lease", 1, "a"))])
-    assert net.answers(version, "a")
-    assert fast_packets(net, "fast_down") == 1
+    """Past the gate, which would write the same DSCP."""
+    point = QosPoint(netns=net.hosts["upf"].path, interface="n3-1", capacity_bps=1_000_000_000)
+    qos.install([point], {80: 68})
+    net.gate.apply([Install(lease := replace(net.binding("lease", 1, "a"), qos=LOW_LATENCY))])
+    assert net.marked(version) == (18, 1)
+    assert fast_packets(net, "fast_marked") == 1
+    assert net.gate.usage([lease])["lease"].downlink_packets == 1
     with net.hosts["upf"].links() as links:
         index = links.link_lookup(ifname="n3-1")[0]
-        (found,) = [each for each in links.get_classes(index=index) if each["handle"] == QOS_CLASS]
+        (found,) = [
+            each for each in links.get_classes(index=index) if each["handle"] == SHARED_CLASS
+        ]
     assert found.get_attr("TCA_STATS2").get_attr("TCA_STATS_BASIC")["packets"] == 1
 
 

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from plane import FAMILY, PORT, QOS_CLASS, UE, Plane, plane, receives
+from plane import BEST_EFFORT, FAMILY, LOW_LATENCY, PORT, SHARED_CLASS, UE, Plane, plane, receives
 
 from controlplane.enforcement import (
     Binding,
@@ -16,14 +16,16 @@ from controlplane.enforcement import (
     Flow,
     Install,
     Move,
+    QosFlow,
     Renew,
     Revoke,
     StaleEpochError,
     Usage,
 )
-from upf import qos
+from upf.config import QosPoint
 from upf.netns import Namespace, connect
 from upf.nft_socket import NftSocket
+from upf.qos import install
 from upf.readback import read_elements
 
 pytestmark = [
@@ -58,7 +60,8 @@ def with_server(net: Plane) -> None:
     with server.links() as links:
         for version, gateway in ((4, "10.48.0.1"), (6, "fd00:48::1")):
             links.route("add", family=FAMILY[version], dst="default", gateway=gateway)
-    qos.install(net.hosts["upf"].path, {"n3-1": 1_000_000_000}, {"QOS_E": 0.5})
+    point = QosPoint(netns=net.hosts["upf"].path, interface="n3-1", capacity_bps=1_000_000_000)
+    install([point], {80: 68})
     for version in (4, 6):  # until both ways are up
         until = time.monotonic() + 5
         while not asks_and_is_answered(net, version):
@@ -66,11 +69,11 @@ def with_server(net: Plane) -> None:
 
 
 def qos_alone(
-    net: Plane, lease_id: str, epoch: int = 1, ttl_ms: int = 60_000, profile: str = "QOS_E"
+    net: Plane, lease_id: str, epoch: int = 1, ttl_ms: int = 60_000, qos: QosFlow = LOW_LATENCY
 ) -> Binding:
     flows = tuple(Flow(ip_address(UE[v][0]), ip_address(SERVER[v])) for v in (4, 6))
     anchored = net.binding(lease_id, epoch, "a", ttl_ms)
-    return replace(anchored, anchor=None, flows=flows, qos_profile=profile)
+    return replace(anchored, anchor=None, flows=flows, qos=qos)
 
 
 def asks_and_is_answered(net: Plane, version: int) -> bool:
@@ -86,10 +89,10 @@ def asks_and_is_answered(net: Plane, version: int) -> bool:
 
 
 def class_packets(net: Plane) -> int:
-    """Return how many packets have been in the profile's class."""
+    """Return how many packets have been in the class of its 5QI."""
     with net.hosts["upf"].links() as links:
         for found in links.get_classes(index=links.link_lookup(ifname="n3-1")[0]):
-            if found["handle"] == QOS_CLASS:
+            if found["handle"] == SHARED_CLASS:
                 return int(found.get_attr("TCA_STATS2").get_attr("TCA_STATS_BASIC")["packets"])
     raise AssertionError("no such class")
 
@@ -136,7 +139,7 @@ def test_it_ends_at_its_deadline(net: Plane, version: int) -> None:
 
 
 def test_without_a_class_there_is_still_a_lease(net: Plane) -> None:
-    lease = qos_alone(net, "lease", profile="BEST_EFFORT")
+    lease = qos_alone(net, "lease", qos=BEST_EFFORT)
     before = class_packets(net)
     net.gate.apply([Install(lease)])
     assert asks_and_is_answered(net, 4)
@@ -189,7 +192,8 @@ def test_a_restart_adopts_fences_and_removes(any_kernel: Plane) -> None:
 
 def test_an_anchor_and_qos_alone_side_by_side(net: Plane) -> None:
     """One UE, two servers: each lease ends on its own."""
-    alone, anchored = qos_alone(net, "alone"), net.binding("anchored", 1, "a")
+    alone = qos_alone(net, "alone")
+    anchored = replace(net.binding("anchored", 1, "a"), qos=LOW_LATENCY)
     net.gate.apply([Install(alone), Install(anchored)])
     assert net.reaches(4) == "a"
     before = class_packets(net)

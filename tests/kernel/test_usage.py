@@ -8,7 +8,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
-from plane import PORT, SERVICE, UE, Plane, plane
+from plane import LOW_LATENCY, PORT, SERVICE, UE, Plane, plane
 
 from controlplane.enforcement import Binding, Flow, Install, Move, Revoke, Usage
 from upf.answers import ElementDecoder
@@ -139,8 +139,10 @@ def test_a_mass_release_closes_everything_though_some_expired_unnoticed(net: Pla
 def test_decoding_equals_pyroute2_in_every_set(net: Plane) -> None:
     """And knows every shape there is, for else it would be slow."""
     old, new = net.binding("old", 1, "a"), net.binding("new", 22, "b")
-    alone = replace(many(net, 1)[0], anchor=None)
-    net.gate.apply([Install(old), *(Install(lease) for lease in many(net, 300)[1:])])
+    old, new = (replace(lease, qos=LOW_LATENCY) for lease in (old, new))
+    alone, *others = (replace(lease, qos=LOW_LATENCY) for lease in many(net, 300))
+    alone = replace(alone, anchor=None)
+    net.gate.apply([Install(old), *map(Install, others)])
     net.gate.apply([Move(new, old, time.monotonic_ns() + MINUTE_NS), Install(alone)])
     net.reaches(4)
     socket = NftSocket(net.hosts["upf"].path, in_place_renewal=True)

@@ -202,3 +202,24 @@ def test_bad_input_is_named_and_makes_nothing(tmp_path: Path) -> None:
     (out / "precious").touch()
     shown = aipaging("run", "relocation", "--out", out, status=2)
     assert "not empty" in shown.stderr
+
+
+def test_qos_flows_are_kept_to_and_without_qos_they_are_not(tmp_path: Path) -> None:
+    """The control must not keep what is promised nobody, or the measurement is blind.
+
+    Whether the delay budget is kept is for a quiet machine to say; here it is compared.
+    """
+    out = tmp_path / "run"
+    shown = aipaging("run", "qos", "--seconds", 2, "--out", out)
+    assert str(out / "report.html") in shown.stdout
+    assert "Rates over time" in (out / "report.html").read_text()
+    arms = summary_of(out)["arms"]
+    for direction in ("downlink", "uplink"):
+        kept, control = arms["qos"][direction], arms["none"][direction]
+        steady, excessive, small = kept["flows"].values()
+        assert steady["lost"] == small["lost"] == 0
+        assert steady["rate_to_gfbr"] >= 0.98 * min(1, steady["offered_bps"] / 20e6)
+        assert 0.98 * 20 / 24 < excessive["rate_to_mfbr_max"] <= 1.02
+        assert kept["best_effort"]["share_of_rest"] > 0.8
+        assert not any(flow["kept"] for flow in control["flows"].values())
+        assert small["delay_ms"]["p99"] < control["flows"]["5QI 80"]["delay_ms"]["p50"]

@@ -54,10 +54,10 @@ TASK = "text-generation"
 MBPS = 1_000_000
 CATALOGUE = """
 qos_profiles:
-  - {name: QOS_E, guaranteed_share: 0.5, max_duration_s: 3600}
-  - {name: QOS_G, guaranteed_downlink_bps: 4000000, guaranteed_uplink_bps: 1000000,
+  - {name: QOS_E, max_duration_s: 3600}
+  - {name: QOS_G, five_qi: 4, guaranteed_downlink_bps: 4000000, guaranteed_uplink_bps: 1000000,
      min_duration_s: 5, max_duration_s: 120}
-  - {name: QOS_P, guaranteed_downlink_bps: 4000000, priority_level: 2,
+  - {name: QOS_P, five_qi: 4, guaranteed_downlink_bps: 4000000, priority_level: 2,
      preemption_capability: true, preemption_vulnerability: false}
   - {name: QOS_OFF, status: INACTIVE}
 services:

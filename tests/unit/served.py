@@ -40,8 +40,8 @@ from controlplane.sqlite_store import SqliteStore
 
 CATALOGUE = """
 qos_profiles:
-  - {name: QOS_E, guaranteed_downlink_bps: 1000000, max_duration_s: 3600}
-  - {name: QOS_P, guaranteed_downlink_bps: 1000000, priority_level: 2,
+  - {name: QOS_E, five_qi: 4, guaranteed_downlink_bps: 1000000, max_duration_s: 3600}
+  - {name: QOS_P, five_qi: 4, guaranteed_downlink_bps: 1000000, priority_level: 2,
      preemption_capability: true, packet_delay_budget_ms: 20}
   - {name: QOS_OLD, status: DEPRECATED}
 services:

@@ -45,6 +45,8 @@ def test_one_is_read_by_name(api: Api) -> None:
         "maxDuration": {"value": 3600, "unit": "Seconds"},
         "priority": 8,
         "targetMinDownstreamRate": {"value": 1000, "unit": "kbps"},
+        "packetDelayBudget": {"value": 300, "unit": "Milliseconds"},  # of 5QI 4
+        "packetErrorLossRate": 6,
     }
 
 
@@ -60,6 +62,7 @@ def test_every_attribute_has_its_place() -> None:
         QosProfile(
             name="QOS_X",
             description="for tests",
+            five_qi=4,
             guaranteed_downlink_bps=1_000,
             guaranteed_uplink_bps=2_000_000,
             max_downlink_bps=3_000_000_000,

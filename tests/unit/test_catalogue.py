@@ -16,9 +16,9 @@ BUILT_IN = Path(__file__).parents[2] / "topologies" / "catalogue.yaml"
 GOOD = """\
 qos_profiles:
   - name: QOS_E
-    guaranteed_share: 0.5
+    five_qi: 80
   - name: QOS_S
-    guaranteed_share: 0.5
+    five_qi: 80
 services:
   - aisi: chat
     task: text-generation
@@ -92,7 +92,7 @@ def test_anchors_must_satisfy_what_models_require(was: str, becomes: str, words:
 
 def test_what_a_catalogue_tells() -> None:
     catalogue = parse_yaml(GOOD, Catalogue, "c.yaml")
-    assert catalogue.qos_shares() == {"QOS_E": 0.5, "QOS_S": 0.5}
+    assert catalogue.shared_five_qis == {80: 68}
     chat, edge1 = catalogue.service("chat"), catalogue.anchor("edge1")
     hosting = edge1.hosting("chat")
     assert hosting is not None
@@ -120,8 +120,10 @@ def test_what_a_catalogue_tells() -> None:
         ("service_time_ms: 20", "service_time_ms: 0", 25, "anchors.0.hosts.0.service_time_ms"),
         ("region: north", "region: far north", 19, "anchors.0.region"),
         ("region: north", "region: north\n    color: red", 20, "unknown key anchors.0.color"),
-        ("guaranteed_share: 0.5", "guaranteed_share: 1.5", 3, "guaranteed_share"),
-        ("guaranteed_share: 0.5", "guaranteed_share: 0.51", 1, "add up to more than 1"),
+        ("five_qi: 80", "five_qi: 81", 2, "five_qi 81 is not standardised; there are 1, 2"),
+        ("five_qi: 80", "five_qi: 4", 2, "5QI 4 is of type GBR: give guaranteed_downlink_bps"),
+        ("five_qi: 80", "guaranteed_uplink_bps: 1", 2, "5QI 9 is of type Non-GBR: it guaran"),
+        ("five_qi: 80", "five_qi: 80\n    max_uplink_bps: 1", 2, "(MFBR) are for GBR ones"),
         ("name: QOS_S", "name: QOS_E", 1, "QoS profile QOS_E is given twice"),
         ("aisi: ears\n    task", "aisi: chat\n    task", 1, "AISI chat is given twice"),
         ("name: edge2", "name: edge1", 1, "anchor edge1 is given twice"),

@@ -15,6 +15,7 @@ from controlplane.codec import Codec, Record
 from controlplane.enforcement import Flow, Usage
 from controlplane.entries import NO_ENTRY, UTC_CLOCK, Chain, EntryError, entry_digest
 from controlplane.facts import Acknowledged, PolicySet, Started, UeMoved, UplinkHeld, UplinkResumed
+from controlplane.five_qi import FIVE_QIS
 from controlplane.fleet import (
     AnchorDeregistered,
     AnchorDraining,
@@ -69,6 +70,9 @@ terms = st.builds(
     **dict.fromkeys(NUMBERS, counts),
     flows=st.lists(flows, max_size=3).map(tuple),
     preemptible=st.booleans(),
+    five_qi=st.sampled_from(sorted(FIVE_QIS)),
+    max_downlink_bps=st.none() | counts,
+    max_uplink_bps=st.none() | counts,
     intent=st.none() | intents,
 )
 usages = st.builds(

@@ -352,7 +352,7 @@ def test_every_end_of_a_granted_lease_has_its_counts() -> None:
 EVERY_END = """
 qos_profiles:
   - {name: QOS_E}
-  - {name: QOS_G, guaranteed_downlink_bps: 4000000}
+  - {name: QOS_G, five_qi: 4, guaranteed_downlink_bps: 4000000}
   - {name: QOS_P, priority_level: 1, preemption_capability: true}
 services:
   - {aisi: chat, task: text-generation, model: m, address4: 198.18.0.1, address6: "fd00:a151::1"}

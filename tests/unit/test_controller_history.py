@@ -30,8 +30,9 @@ from controlplane.store import StoreError
 CATALOGUE = """
 qos_profiles:
   - {name: QOS_E}
-  - {name: QOS_G, guaranteed_downlink_bps: 4, guaranteed_uplink_bps: 1}
-  - {name: QOS_P, guaranteed_downlink_bps: 2, priority_level: 2, preemption_capability: true}
+  - {name: QOS_G, five_qi: 4, guaranteed_downlink_bps: 4, guaranteed_uplink_bps: 1}
+  - {name: QOS_P, five_qi: 4, guaranteed_downlink_bps: 2, priority_level: 2,
+     preemption_capability: true}
 services:
   - {aisi: chat, task: text-generation, model: m, address4: 198.18.0.1, address6: "fd00:a151::1"}
   - {aisi: write, task: text-generation, model: m, address4: 198.18.0.2, address6: "fd00:a151::2"}

@@ -14,12 +14,16 @@ from controlplane.enforcement import (
     Install,
     Move,
     Operation,
+    QosFlow,
     Renew,
     Revoke,
     StaleEpochError,
 )
+from controlplane.five_qi import qos_flow
 from upf.config import AnchorPort, GateConfig
 from upf.flows import NO_LEASE, LeaseElements, comment_of, flow_key, next_state, parse_comment
+from upf.lease_classes import LeaseClasses
+from upf.marking import Marking
 
 FLOW = Flow(IPv4Address("10.45.0.1"), IPv4Address("198.18.0.1"))
 FLOW6 = Flow(IPv6Address("fd00:45::1"), IPv6Address("fd00:a151::1"))
@@ -38,20 +42,20 @@ CONFIG = GateConfig(
         for name, interface in PORTS.items()
     ),
     attachments=(),
-    qos_classes={"GOLD": 0x10020},
 )
-ELEMENTS = LeaseElements(CONFIG)
+GOLD, BEST_EFFORT = qos_flow(80, 0, 0, None, None), qos_flow(9, 0, 0, None, None)
+ELEMENTS = LeaseElements(CONFIG, LeaseClasses((), {}).class_of)
 
 
 def binding(
-    epoch: int, anchor: str | None, expires_ns: int = 1_000, qos_profile: str = "GOLD"
+    epoch: int, anchor: str | None, expires_ns: int = 1_000, qos: QosFlow = GOLD
 ) -> Binding:
     return Binding(
         lease_id=f"{epoch:04x}",
         epoch=epoch,
         flows=(FLOW,),
         anchor=anchor,
-        qos_profile=qos_profile,
+        qos=qos,
         expires_ns=expires_ns,
     )
 
@@ -61,7 +65,7 @@ BINDINGS = st.builds(
     st.integers(1, 6),
     st.sampled_from(["a", "b", "c", None]),
     st.integers(1, 1_000),
-    st.sampled_from(["GOLD", "NONE"]),
+    st.sampled_from([GOLD, BEST_EFFORT]),
 )
 ANCHORED = BINDINGS.filter(lambda each: each.anchor is not None)
 OPERATIONS = st.one_of(
@@ -104,7 +108,7 @@ def test_every_element_belongs_to_a_lease_and_ends_with_it(
         for set_name, _, _, comment, _, _ in elements:
             by_set.setdefault(set_name, []).append(comment)
         steered = held is not None and held.anchor is not None
-        prioritised = held is not None and (held.anchor is None or held.qos_profile == "GOLD")
+        prioritised = held is not None and (held.anchor is None or held.qos == GOLD)
         assert by_set.get("steer4", []) == ([comment_of(held)] if held and steered else [])
         assert by_set.get("qos4", []) == ([comment_of(held)] if held and prioritised else [])
         assert all(held is None or drain[0].anchor != held.anchor for drain in state.draining)
@@ -126,13 +130,13 @@ def test_nothing_moves_without_anchors(old: str | None, new: str | None) -> None
         ELEMENTS.check(Move(binding(2, new), binding(1, old), 100))
 
 
-@pytest.mark.parametrize("profile", ["GOLD", "NONE"])
-def test_a_lease_of_qos_alone_is_one_element_that_counts(profile: str) -> None:
-    lease = binding(1, None, qos_profile=profile)
+@pytest.mark.parametrize("qos", [GOLD, BEST_EFFORT])
+def test_a_lease_of_qos_alone_is_one_element_that_counts(qos: QosFlow) -> None:
+    lease = binding(1, None, qos=qos)
     state = next_state(Install(lease), NO_LEASE, 0)
     ((set_name, key, data, comment, deadline_ns, counters),) = ELEMENTS.of(KEY, state)
     assert (set_name, key, deadline_ns) == ("qos4", KEY, lease.expires_ns)
-    assert int.from_bytes(data, "little") == (0x10020 if profile == "GOLD" else 0)
+    assert Marking.decode(data) == ((0xA150050, 18) if qos == GOLD else (0, 0))
     assert parse_comment(comment) == (lease.lease_id, 1)
     assert counters is not None
     assert ELEMENTS.counting(KEY, lease) == ((set_name, key),)

@@ -47,7 +47,7 @@ anchors:
 NARROW = """
 qos_profiles:
   - {name: QOS_E}
-  - {name: QOS_G, guaranteed_downlink_bps: 4000000, guaranteed_uplink_bps: 1000000}
+  - {name: QOS_G, five_qi: 4, guaranteed_downlink_bps: 4000000, guaranteed_uplink_bps: 1000000}
 services: [{aisi: chat, task: text-generation, model: m, address4: 198.18.0.1,
             address6: "fd00:a151::1"}]
 anchors:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from controlplane import lease
 from controlplane.enforcement import Flow, Usage
+from controlplane.five_qi import qos_flow
 from controlplane.intent import Intent
 from controlplane.lease import Effect, EndReason, Lease, LeaseError, State, Terms, evolve, step
 
@@ -145,7 +146,7 @@ def test_a_binding_is_what_the_lease_authorises_now() -> None:
     for current in (held(State.COMMITTED), drained):
         binding = current.binding()
         assert (binding.lease_id, binding.epoch, binding.anchor) == ("lease", 1, "edge1")
-        assert (binding.flows, binding.qos_profile) == (TERMS.flows, "QOS_E")
+        assert (binding.flows, binding.qos) == (TERMS.flows, qos_flow(9, 0, 0, None, None))
         assert binding.expires_ns == current.deadline_ns
 
 

@@ -33,7 +33,7 @@ from controlplane.store import StoreError
 
 # chat is everywhere, write at the edge3 only; both do the same task
 TWO_SERVICES = """
-qos_profiles: [{name: QOS_E}, {name: QOS_G, guaranteed_downlink_bps: 4000000}]
+qos_profiles: [{name: QOS_E}, {name: QOS_G, five_qi: 4, guaranteed_downlink_bps: 4000000}]
 services:
   - {aisi: chat, task: text-generation, model: m, address4: 198.18.0.1, address6: "fd00:a151::1"}
   - {aisi: write, task: text-generation, model: m, address4: 198.18.0.2, address6: "fd00:a151::2"}

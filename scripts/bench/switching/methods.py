@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from controlplane.enforcement import Binding, Flow, Install, Move
-from scripts.bench.chain import LEASE_TTL_NS, QOS_PROFILE, edge, n6, open_gate, route
+from scripts.bench.chain import LEASE_TTL_NS, QOS, edge, n6, open_gate, route
 from scripts.bench.switching.network import (
     HTTP_PORT,
     SERVICE,
@@ -116,7 +116,7 @@ class Lease(Method):
             epoch=1,
             flows=(Flow(UE, SERVICE),),
             anchor=edge(0),
-            qos_profile=QOS_PROFILE,
+            qos=QOS,
             expires_ns=time.monotonic_ns() + LEASE_TTL_NS,
         )
         self._gate.apply([Install(self._lease)])
