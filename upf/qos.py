@@ -11,6 +11,7 @@ A tree gives nobody anything: without a lease's `qos` element every packet is be
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -138,10 +139,9 @@ def read(routes: IPRoute, index: int) -> dict[int, HtbClass]:
 
 
 def _routes(point: QosPoint) -> IPRoute:
-    try:
-        return route_socket(point.netns)
-    except OSError as error:
-        raise QosError(f"network namespace {point.netns}: {error.strerror}") from error
+    if not Path(point.netns).exists():  # to enter it would make it
+        raise QosError(f"there is no network namespace {point.netns}")
+    return route_socket(point.netns)
 
 
 @contextlib.contextmanager
