@@ -31,6 +31,7 @@ from controlplane.enforcement import (
     StaleEpochError,
     Usage,
 )
+from controlplane.five_qi import qos_flow
 from controlplane.listeners import UnixListener, listen
 from upf import protocol, remote
 from upf.agent import Agent
@@ -44,7 +45,7 @@ OLD = Binding(
         Flow(ip_address("fd00:45::1"), ip_address("fd00:a151::1")),
     ),
     anchor="edge1",
-    qos_profile="QOS_E",
+    qos=qos_flow(4, 2_000_000, 0, None, 3_000_000),
     expires_ns=2**62,
 )
 NEW = replace(OLD, lease_id="60", epoch=4, anchor=None, expires_ns=2**62 + 1)
