@@ -31,7 +31,7 @@ QOS_RECEIVED_FILE, QOS_STREAMS_FILE = "received.parquet", "tcp.parquet"
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "plots"
-WITHOUT_PROBES = ("continuity",)  # experiments
+WITHOUT_PROBES = ("continuity", "qos")  # experiments
 
 Columns = dict[str, NDArray[Any]]
 

@@ -32,7 +32,7 @@ def test_files_fit_together() -> None:
     tenants = parse_yaml(block("# /etc/aipaging/tenants.yaml"), Tenants, "tenants.yaml")
     assert {anchor.name for anchor in catalogue.anchors} == {a.name for a in config.anchors}
     assert {s.tenant for s in config.subscribers} <= tenants.by_name().keys()
-    config.gate()
+    config.gate(catalogue)
     described = re.search(r"`services.json` being `(\{.*?\}\})`", DOCUMENT, re.S)
     assert described
     services = TypeAdapter(dict[str, Service]).validate_json(described[1])
