@@ -138,7 +138,7 @@ def drop_route(network: Network) -> None:
 
 def drop_qdisc(network: Network) -> None:
     stack = network._nodes["gnb1"].stack
-    stack.rtnl.tc("del", "htb", index=stack.index("cell"), handle=0x10000)
+    stack.rtnl.tc("del", "htb", index=stack.index("cell"), handle=0xA15_0000)
 
 
 def stop_forwarding(network: Network) -> None:
