@@ -1,9 +1,11 @@
 """Source address validation at a gNB: a radio may only send from its own UE's addresses.
 
 One bridge-family nftables table per gNB, in front of the cell's bridge: a packet passes if its
-port and source address are listed together, ARP passes, all else is dropped and counted.
+port and source address are listed together, ARP passes, all else is dropped and counted. A radio
+that is lost passes nothing, either way; the bridge and its neighbours are not told.
 """
 
+import errno
 import socket
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,6 +19,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
     DATA_TYPE_IFINDEX,
     DATA_TYPE_IP6ADDR,
     DATA_TYPE_IPADDR,
+    NFT_MSG_DELSETELEM,
     NFT_MSG_GETRULE,
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWRULE,
@@ -38,11 +41,11 @@ from upf.netns import in_namespace
 Address = IPv4Address | IPv6Address
 
 _FAMILY_BRIDGE = 7
-_TABLE, _CHAIN = "radio", "source"
+_TABLE, _CHAIN, _OUT_CHAIN, _LOST = "radio", "source", "out", "lost"
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
-_PREROUTING, _BEFORE_ALL_ELSE = 0, -300
+_PREROUTING, _POSTROUTING, _BEFORE_ALL_ELSE = 0, 4, -300
 _DROP, _ACCEPT = 0, 1
-_META_PROTOCOL, _META_IIF = 1, 4
+_META_PROTOCOL, _META_IIF, _META_OIF = 1, 4, 5
 _NETWORK_HEADER = 1
 _REGISTER_1 = 1
 _PORT_REGISTER, _SOURCE_REGISTER = 8, 9  # 32-bit registers next to each other: one key
@@ -72,6 +75,22 @@ class SpoofGuard:
                 "it needs CONFIG_NF_TABLES_BRIDGE"
             ) from error
 
+    def set_radio(self, port: str, *, up: bool) -> None:
+        """Have a radio, or lose it. Having what is there, or losing what is lost, is no error."""
+
+        def change() -> None:
+            kind = NFT_MSG_DELSETELEM if up else NFT_MSG_NEWSETELEM
+            index = socket.if_nametoindex(port).to_bytes(4, sys.byteorder)
+            messages = list(_elements(_LOST, [index], kind))
+            with NFTables(nfgen_family=_FAMILY_BRIDGE) as nftables:
+                nftables.nlm_request_batch([_edge(_BATCH_BEGIN), *messages, _edge(_BATCH_END)])
+
+        try:
+            in_namespace(self._netns, change)
+        except NetlinkError as error:
+            if error.code != errno.ENOENT:
+                raise TopologyError(f"the radio {port}: the kernel refused it: {error}") from error
+
     def drops(self) -> int:
         """Packets dropped so far. Raises TopologyError if the guard is gone."""
         return in_namespace(self._netns, _read_drops)
@@ -89,6 +108,26 @@ def _install(allowed: Mapping[str, Iterable[Address]]) -> None:
             hook=_attributes(NFTA_HOOK_HOOKNUM=_PREROUTING, NFTA_HOOK_PRIORITY=_BEFORE_ALL_ELSE),
             policy=_ACCEPT,
         ),
+        _message(
+            nft_chain_msg,
+            NFT_MSG_NEWCHAIN,
+            table=_TABLE,
+            name=_OUT_CHAIN,
+            type="filter",
+            hook=_attributes(NFTA_HOOK_HOOKNUM=_POSTROUTING, NFTA_HOOK_PRIORITY=_BEFORE_ALL_ELSE),
+            policy=_ACCEPT,
+        ),
+        _message(
+            nft_set_msg,
+            NFT_MSG_NEWSET,
+            table=_TABLE,
+            name=_LOST,
+            id=len(_SETS) + 1,
+            key_type=DATA_TYPE_IFINDEX,
+            key_len=4,
+        ),
+        _rule(*_port_is_lost(_META_IIF), *verdict(_DROP)),
+        _rule(*_port_is_lost(_META_OIF), *verdict(_DROP), chain=_OUT_CHAIN),
     ]
     keys: dict[int, list[bytes]] = {4: [], 6: []}
     for port, addresses in allowed.items():
@@ -145,11 +184,18 @@ def _read_drops() -> int:
     raise TopologyError("the guard against spoofed radio sources is gone")
 
 
-def _elements(name: str, keys: list[bytes]) -> Iterable[Any]:
+def _port_is_lost(port: int) -> tuple[Any, Any]:
+    return (
+        genex("meta", {"key": port, "dreg": _PORT_REGISTER}),
+        genex("lookup", {"set": _LOST, "sreg": _PORT_REGISTER}),
+    )
+
+
+def _elements(name: str, keys: list[bytes], kind: int = NFT_MSG_NEWSETELEM) -> Iterable[Any]:
     for start in range(0, len(keys), _ELEMENTS_PER_MESSAGE):
         yield _message(
             nft_set_elem_list_msg,
-            NFT_MSG_NEWSETELEM,
+            kind,
             table=_TABLE,
             set=name,
             elements=[
@@ -167,9 +213,9 @@ def _protocol_is(ether_type: bytes) -> tuple[Any, Any]:
     )
 
 
-def _rule(*expressions: Any) -> Any:
+def _rule(*expressions: Any, chain: str = _CHAIN) -> Any:
     return _message(
-        nft_rule_msg, NFT_MSG_NEWRULE, table=_TABLE, chain=_CHAIN, expressions=list(expressions)
+        nft_rule_msg, NFT_MSG_NEWRULE, table=_TABLE, chain=chain, expressions=list(expressions)
     )
 
 

@@ -86,7 +86,7 @@ class Network:
         Raises TopologyError.
         """
         moved = ue if isinstance(ue, Ue) else self._ue(ue)
-        self._nodes[self._gnb(gnb).name].stack.set_port(moved.name, forwarding=up)
+        self._guards[self._gnb(gnb).name].set_radio(moved.name, up=up)
 
     def add_service(self, anchor: str, address4: IPv4Address, address6: IPv6Address) -> None:
         """Let the anchor answer for a service's addresses."""

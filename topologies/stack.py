@@ -5,7 +5,6 @@ holds something else.
 """
 
 import functools
-import subprocess
 from collections.abc import Callable, Mapping
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import Any
@@ -104,16 +103,6 @@ class Stack:
         self._asked.up.add(interface)
         self._asked.ports[interface] = PortAsked(bridge, isolated)
 
-    def set_port(self, interface: str, *, forwarding: bool) -> None:
-        """Let a port of a bridge pass frames both ways, or drop them all."""
-        state = "forwarding" if forwarding else "disabled"
-        # pyroute2 0.9 cannot say it: its `state` of a port is that of the link.
-        command = ["bridge", "link", "set", "dev", interface, "state", state]
-        self._do(
-            " ".join(command),
-            lambda: in_namespace(self.netns, lambda: subprocess.run(command, check=True)),
-        )
-
     def add_address(self, interface: str, address: Interface) -> None:
         """Add an address, usable at once (no duplicate address detection)."""
         more = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
@@ -178,5 +167,5 @@ class Stack:
     def _do(self, what: str, act: Callable[[], object]) -> None:
         try:
             act()
-        except (NetlinkError, OSError, subprocess.CalledProcessError) as error:
+        except (NetlinkError, OSError) as error:
             raise TopologyError(f"{self.node}: {what}: the kernel refused it: {error}") from error
