@@ -92,9 +92,12 @@ class FastPath:
         for family in FAMILIES:
             uplink = [*_datagram(family), *self._fits(family, n3, n6), *self._uplink(family)]
             yield table.rule("n3", uplink)
+            answer = family.name("answer")
+            yield table.chain(answer)
+            yield table.rule(answer, _downlink(family))
+            yield table.rule(answer, _marked(family))
             datagram = [*_datagram(family), *self._fits(family, n6, n3)]
-            yield table.rule("n6", [*datagram, *_downlink(family)])
-            yield table.rule("n6", [*datagram, *_marked(family)])
+            yield table.rule("n6", [*datagram, nft.goto(answer)])
         yield from table.elements(self._access())
 
     def _access(self) -> dict[str, dict[bytes, bytes]]:
@@ -211,11 +214,15 @@ def _address(family: Family, offset: int, reg: int) -> Expression:
 
 
 def _downlink(family: Family) -> list[Expression]:
-    """Service . UE . incoming interface is leased: its class, and out."""
-    first = nft.register(0)
+    """The UE has a path; service . UE . incoming interface is leased: its class, and out.
+
+    The lease comes last, for to be found there is to be counted.
+    """
+    first, ue = nft.register(0), nft.register(family.address_bytes)
     device, neighbour = _hop(family)
     return [
-        *_to_ue(family),
+        *_answer_key(family),
+        nft.from_map(family.name(PATH), key=ue, reg=device),
         nft.from_map(family.name(DOWN), key=first, reg=first),
         nft.meta_set(nft.META_PRIORITY, first),
         nft.forward(family.nfproto, device=device, neighbour=neighbour),
@@ -226,7 +233,7 @@ def _marked(family: Family) -> list[Expression]:
     """As `_downlink`, for leases whose packets get a DSCP: to the chain that writes it."""
     class_id, dscp = nft.register(0), nft.register(4)
     return [
-        *_to_ue(family),
+        *_answer_key(family),
         nft.from_map(family.name(MARKED), key=class_id, reg=class_id),
         nft.meta_set(nft.META_PRIORITY, class_id),
         nft.from_map(f"{FAST_PREFIX}{family.name('dscp')}", key=dscp, reg=nft.REG_VERDICT),
@@ -250,16 +257,12 @@ def _hop(family: Family) -> tuple[int, int]:
     return nft.register(first), nft.register(first + INDEX_BYTES)
 
 
-def _to_ue(family: Family) -> list[Expression]:
-    """Load service . UE . incoming interface; the UE has a path.
-
-    The lease comes after, for to be found there is to be counted.
-    """
+def _answer_key(family: Family) -> list[Expression]:
+    """Load service . UE . incoming interface."""
     size = family.address_bytes
     service, ue, index = (nft.register(offset) for offset in (0, size, 2 * size))
     return [
         _address(family, family.source_offset, service),
         _address(family, family.destination_offset, ue),
         nft.meta_load(nft.META_IIF, index),
-        nft.from_map(family.name(PATH), key=ue, reg=_hop(family)[0]),
     ]

@@ -41,7 +41,7 @@ from upf.tables import (
     within,
 )
 
-VERSION = 7
+VERSION = 8
 PAGING_REFUSED, PAGING_OVERFLOW = "paging_refused", "paging_overflow"
 DROP_REASONS = (
     *("no_lease_uplink", "no_lease_downlink"),

@@ -6,6 +6,7 @@ python -m scripts.bench.apart NETNS SOCKET
 from __future__ import annotations
 
 import asyncio
+import logging
 import subprocess
 import sys
 import tempfile
@@ -60,6 +61,7 @@ async def _serve(gate: Gate, path: Path) -> None:
 if __name__ == "__main__":
     from scripts.bench.lease_measurements import config
 
+    logging.getLogger("upf.agent").setLevel(logging.ERROR)  # that the bench ends is no news
     features = probe()
     made = Gate(  # it adopts the tables, which the caller's gate has made alike
         sys.argv[1],

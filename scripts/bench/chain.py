@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from math import isqrt
 from pathlib import Path
 
-from controlplane.enforcement import Address, Binding, Flow, Install
+from controlplane.enforcement import Address, Binding, Flow, Install, QosFlow
 from controlplane.five_qi import DSCPS, qos_flow
 from upf import routing
 from upf.config import SERVICE_PREFIXES, UE_PREFIXES, AnchorPort, Attachment, GateConfig
@@ -22,7 +23,9 @@ from upf.features import Features
 from upf.gate import Gate
 from upf.netns import Namespace, connect
 
-QOS = qos_flow(80, 0, 0, None, None)  # there is no such class here: it costs its lookup
+# There is no class of it here: it costs its lookup, and the DSCP that is written.
+QOS = qos_flow(80, 0, 0, None, None)
+BEST_EFFORT = qos_flow(9, 0, 0, None, None)  # neither class nor DSCP
 LEASE_TTL_NS = 3600 * 1_000_000_000
 LEASES_PER_BATCH = 100
 N3, RADIO = "n3", "radio"
@@ -156,9 +159,10 @@ class Chain:
             for number, flows in enumerate(zip(*pairs, strict=True))
         ]
 
-    def grant(self) -> None:
+    def grant(self, qos: QosFlow = QOS) -> None:
         """Install all leases, in both families, for an hour."""
-        install(self.gate, self.bindings(expires_ns=time.monotonic_ns() + LEASE_TTL_NS))
+        bindings = self.bindings(expires_ns=time.monotonic_ns() + LEASE_TTL_NS)
+        install(self.gate, [replace(binding, qos=qos) for binding in bindings])
 
     def _build(self) -> None:
         self.upf.run(forward)

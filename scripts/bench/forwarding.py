@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.bench import common
-from scripts.bench.chain import RADIO, Chain, addresses
+from scripts.bench.chain import BEST_EFFORT, QOS, RADIO, Chain, addresses
 from scripts.bench.load import Load, Slice
 from scripts.errors import UserError
 from upf.features import Features
@@ -25,7 +25,8 @@ UE, UPF and anchor are network namespaces joined by two veth pairs; each arm is 
 own. plain: the UPF has plain routes, and neither an nftables table nor rules for marks.
 plain_again: the same once more, the noise floor. steered: the UPF has the real gate (with its fast
 path where the kernel can: fast_path), policy routing and the stated number of live leases, each in
-both families, all at one anchor or, by UE in turn, at several; load goes through all of them in
+both families, all at one anchor or, by UE in turn, at several; best effort, or marked: each of 5QI
+80, whose downlink gets a class and a DSCP; load goes through all of them in
 turn, slice after slice (the most even product of UEs and services; the other arms see the same
 addresses), and that it did is read back from the leases' own counters. Load: UDP by sendmmsg(2) in
 batches of 128, pinned to one CPU, on which the kernel also forwards; the generator's own cost is
@@ -48,15 +49,17 @@ MAX_LEASES = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How many leases a steered arm has, and at how many anchors."""
+    """How many leases a steered arm has, at how many anchors, and whether with a DSCP."""
 
     leases: int
     anchors: int = 1
+    marked: bool = False
 
     @property
     def name(self) -> str:
         """What its figures are called."""
-        return str(self.leases) if self.anchors == 1 else f"{self.anchors}_anchors"
+        name = str(self.leases) if self.anchors == 1 else f"{self.anchors}_anchors"
+        return f"{name}_marked" if self.marked else name
 
 
 class Loads:
@@ -118,7 +121,7 @@ def measure(
                 leases=size.leases, anchors=size.anchors, features=features
             )
             undo.callback(steered.close)
-            steered.grant()
+            steered.grant(QOS if size.marked else BEST_EFFORT)
             for arm, chain in (*plain.items(), (STEERED, steered)):
                 loads[size, arm] = Loads(chain, size.leases, undo)
         for found in loads.values():

@@ -106,6 +106,7 @@ def _install(options: Options, features: Features) -> dict[str, Any]:
 
 def _forwarding(options: Options, features: Features) -> dict[str, Any]:
     sizes = [Size(count) for count in options.leases]
+    sizes.append(Size(options.leases[0], marked=True))
     if options.anchors > 1:
         sizes.append(Size(options.anchor_leases, options.anchors))
     found = forwarding.measure(
