@@ -108,7 +108,7 @@ def test_forwarding_ratio(forwarded: dict[str, Any], leases: str) -> None:
 
 def test_every_packet_is_accounted_for(forwarded: dict[str, Any]) -> None:
     assert forwarded["dropped_by_gate_packets"] == 0
-    assert forwarded["flows_without_packets"] == {"120": 0, "3_anchors": 0}
+    assert forwarded["flows_without_packets"] == {"120": 0, "120_marked": 0, "3_anchors": 0}
     for families in forwarded["by_live_leases"].values():
         for directions in families.values():
             assert set(directions) == {"uplink", "downlink"}
