@@ -127,18 +127,18 @@ def _qos(summary: dict[str, Any]) -> Table:
         title="What congestion left of QoS flows",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="of MFBR: the most in any second. Of several rounds the worst.",
+        caption="Rates in Mbit/s. /GFBR, /MFBR: of what was promised; of MFBR the most in any second. "
+        "Delays in ms. Of several rounds the worst.",
     )
-    for name in ("arm", "direction", "flow"):
+    for name in ("arm", "flow"):
         table.add_column(name, no_wrap=True)
-    for name in ("Mbit/s", "of GFBR", "of MFBR", "lost", "p99 ms", "budget", "kept"):
+    for name in ("rate", "/GFBR", "/MFBR", "lost", "p99", "budget", "kept"):
         table.add_column(name, justify="right", no_wrap=True)
     for arm, directions in summary["arms"].items():
         for direction, figures in directions.items():
             for name, row in figures["flows"].items():
                 table.add_row(
-                    arm,
-                    direction,
+                    f"{arm} {direction.removesuffix('link')}",
                     name,
                     number(row["rate_bps"] / 1e6),
                     _ratio(row.get("rate_to_gfbr")),
@@ -150,7 +150,7 @@ def _qos(summary: dict[str, Any]) -> Table:
                 )
             rest = figures["best_effort"]
             share = f"{rest['share_of_rest']:.0%}"
-            table.add_row(arm, direction, "TCP, of the rest", number(rest["rate_bps"] / 1e6), share)
+            table.add_row("", "TCP, of the rest", number(rest["rate_bps"] / 1e6), share)
             table.add_section()
     return table
 
