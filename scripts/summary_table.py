@@ -127,8 +127,8 @@ def _qos(summary: dict[str, Any]) -> Table:
         title="What congestion left of QoS flows",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        caption="Rates in Mbit/s. /GFBR, /MFBR: of what was promised; of MFBR the most in any second. "
-        "Delays in ms. Of several rounds the worst.",
+        caption="Rates in Mbit/s, delays in ms. /GFBR, /MFBR: of what was promised; of MFBR the "
+        "most in any second. Of several rounds the worst.",
     )
     for name in ("arm", "flow"):
         table.add_column(name, no_wrap=True)
