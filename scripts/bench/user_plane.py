@@ -203,8 +203,8 @@ def _seconds(name: str, field: str, default: float, text: str) -> Callable[..., 
 @_number("--anchors", "anchors", 64, 1, MAX_ANCHORS, "Of one more arm of forwarding.")
 @_number("--anchor-leases", "anchor_leases", 4_096, 1, MAX_LEASES, "Live leases of that arm.")
 @_number("--install-rounds", "install_rounds", 200, 2, 5_000, "Of installing.")
-@_number("--rounds", "rounds", 20, 3, 1_000, "Of forwarding.")
-@_seconds("--seconds-per-arm", "seconds_per_arm", 0.25, "Of forwarding: one arm, once a round.")
+@_number("--rounds", "rounds", 100, 3, 1_000, "Of forwarding.")
+@_seconds("--seconds-per-arm", "seconds_per_arm", 0.06, "Of forwarding: one arm, once a round.")
 @_seconds("--memory-settle", "memory_settle_s", 1.5, "Before each look at the memory in use.")
 @_number(
     "--expiring", "expiring", 10_000, 1, 50_000, "Leases that end at once, beside as many others."
