@@ -193,6 +193,19 @@ def probe_plan(
     )
 
 
+def schedule(
+    scenario: Scenario, arms: Sequence[str], rounds: int, network: Network
+) -> list[tuple[str, str]]:
+    """Return (arm, UE) by episode: every arm once a round, in random order; UEs take turns."""
+    ues = [ue.name for ue in network.ues]
+    found: list[tuple[str, str]] = []
+    for number in range(rounds):
+        shuffled = list(arms)
+        scenario.random.shuffle(shuffled)
+        found += [(arm, ues[number % len(ues)]) for arm in shuffled]
+    return found
+
+
 def progress() -> Progress:
     """Return a progress bar for long work, on stderr."""
     return Progress(

@@ -113,7 +113,9 @@ class _Run:
 
     def run(self) -> None:
         options, testbed = self._options, self._testbed
-        schedule = self._schedule()
+        schedule = common.schedule(
+            self._scenario, options.arms, options.relocations, testbed.network
+        )
         common.write_manifest(options, "continuity", self._scenario, testbed.network, None)
         streams_s = options.requests * options.tokens * TOKEN_INTERVAL_MS / 1000
         ues = testbed.network.ues[: options.relocations]
@@ -128,16 +130,6 @@ class _Run:
             testbed.check_alive()
         write_episodes(options.out, episodes)
         write_streams(options.out, self._requests, self._tokens)
-
-    def _schedule(self) -> list[tuple[str, str]]:
-        """Return (arm, UE) by episode: every arm once a round, in random order."""
-        ues = [ue.name for ue in self._testbed.network.ues]
-        schedule = []
-        for round_number in range(self._options.relocations):
-            arms = list(self._options.arms)
-            self._scenario.random.shuffle(arms)
-            schedule += [(arm, ues[round_number % len(ues)]) for arm in arms]
-        return schedule
 
     def _start(self, ue: Ue, duration_s: float) -> None:
         """Have a session granted for all episodes, and start the UE's clients."""

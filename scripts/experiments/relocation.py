@@ -72,7 +72,9 @@ class Relocations:
     def run(self) -> None:
         """Run all episodes, with the probes around them."""
         options, testbed = self._options, self._testbed
-        schedule = self._schedule()
+        schedule = common.schedule(
+            self._scenario, options.arms, options.relocations, testbed.network
+        )
         duration_s = len(schedule) * options.window_ms / 1000 + SLACK_S
         answers = {ue.name: self._page(ue.name, duration_s) for ue in testbed.network.ues}
         plan = common.probe_plan(
@@ -92,16 +94,6 @@ class Relocations:
             bar.update(bar_task, description="collecting records")
             probe.stop()
         write_episodes(options.out, episodes)
-
-    def _schedule(self) -> list[tuple[str, str]]:
-        """Return (arm, UE) by episode: every arm once a round, in random order."""
-        ues = [ue.name for ue in self._testbed.network.ues]
-        schedule = []
-        for round_number in range(self._options.relocations):
-            arms = list(self._options.arms)
-            self._scenario.random.shuffle(arms)
-            schedule += [(arm, ues[round_number % len(ues)]) for arm in arms]
-        return schedule
 
     def _page(self, name: str, duration_s: float) -> dict[str, Any]:
         """Let a UE page by intent, for as long as the experiment takes, and start at `between`."""

@@ -73,6 +73,21 @@ anchors:
   - {name: cloud, region: south, trust_tier: 1, slots: 3, cost: 50, path_rtt_ms: 40,
      hosts: [{aisi: chat, service_time_ms: 10}]}
 """
+
+# chat is everywhere, write at the edge3 only; both do the same task
+TWO_SERVICES = """
+qos_profiles: [{name: QOS_E}, {name: QOS_G, five_qi: 4, guaranteed_downlink_bps: 4000000}]
+services:
+  - {aisi: chat, task: text-generation, model: m, address4: 198.18.0.1, address6: "fd00:a151::1"}
+  - {aisi: write, task: text-generation, model: m, address4: 198.18.0.2, address6: "fd00:a151::2"}
+anchors:
+  - {name: edge1, region: n, trust_tier: 3, slots: 4, cost: 0,
+     hosts: [{aisi: chat, service_time_ms: 1}]}
+  - {name: edge2, region: n, trust_tier: 3, slots: 1, cost: 9, n6_downlink_bps: 3000000,
+     hosts: [{aisi: chat, service_time_ms: 1}]}
+  - {name: edge3, region: n, trust_tier: 1, slots: 1, cost: 20,
+     hosts: [{aisi: write, service_time_ms: 1}]}
+"""
 UES = tuple(f"ue{n}" for n in range(1, 9))
 CELLS = {"gnb1": Rates(10 * MBPS, 10 * MBPS), "gnb2": Rates(5 * MBPS, 5 * MBPS)}
 SINK = SinkRequest(uri="https://app.example/notices", credential=None)
@@ -410,3 +425,8 @@ def granted(outcomes: Sequence[object]) -> list[Grant]:
 
 def causes(outcomes: Sequence[object]) -> Counter[str]:
     return Counter(one.cause for one in outcomes if isinstance(one, Refusal))
+
+
+def moves(world: World) -> int:
+    """Return how often a session was moved."""
+    return sum(isinstance(batch[0], Move) for batch in world.enforcer.applied)
