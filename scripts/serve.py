@@ -42,7 +42,7 @@ from controlplane.triggers import TriggerSettings
 from scripts import evidence_files, user_plane
 from scripts.errors import UserError, require_root
 from scripts.http_anchors import HttpAnchors
-from scripts.user_plane import UserPlaneConfig, remove
+from scripts.user_plane import REMOVE_OPTION, UserPlaneConfig, remove
 from upf.local import LocalUserPlane
 from upf.remote import RemoteUserPlane
 
@@ -187,12 +187,7 @@ def write_config(path: Path, config: ServeConfig) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--remove",
-    "only_remove",
-    is_flag=True,
-    help="Take away what an earlier run left in the kernel (table, rules, qdiscs), and end.",
-)
+@REMOVE_OPTION
 @click.option(
     "--log-level",
     type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]),

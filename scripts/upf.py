@@ -24,7 +24,7 @@ from controlplane.catalogue import Catalogue, load_catalogue
 from controlplane.configfile import load_yaml
 from controlplane.listeners import ListenError, UnixListener, listen, owned
 from scripts.errors import UserError, require_root
-from scripts.user_plane import FAILURES, UserPlaneConfig, remove, user_plane
+from scripts.user_plane import FAILURES, REMOVE_OPTION, UserPlaneConfig, remove, user_plane
 from upf import protocol, status
 from upf.agent import Agent
 from upf.features import probe
@@ -99,12 +99,7 @@ async def _ask(path: Path) -> Any:
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--remove",
-    "only_remove",
-    is_flag=True,
-    help="Take away what an earlier run left in the kernel (table, rules, qdiscs), and end.",
-)
+@REMOVE_OPTION
 @click.option(
     "--status",
     "only_status",

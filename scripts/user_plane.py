@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import click
 from pydantic import Field
 
 from controlplane.catalogue import Catalogue, Strategy
@@ -36,6 +37,13 @@ FAILURES = (
 )
 
 log = logging.getLogger(__name__)
+
+REMOVE_OPTION = click.option(  # of whatever brings a user plane about
+    "--remove",
+    "only_remove",
+    is_flag=True,
+    help="Take away what an earlier run left in the kernel (table, rules, qdiscs), and end.",
+)
 
 Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 

@@ -99,6 +99,21 @@ def _common_options(command: Command) -> Command:
     return command
 
 
+_RELOCATIONS = click.option(
+    "--relocations",
+    type=click.IntRange(1, 100_000),
+    default=100,
+    show_default=True,
+    help="Relocations per arm; where clients read streams, each is one of every client.",
+)
+_BETWEEN = click.option(
+    "--between",
+    default="edge1,edge2",
+    show_default=True,
+    help="The two anchors to relocate between.",
+)
+
+
 def _episode_options(command: Command) -> Command:
     for option in reversed(
         (
@@ -109,19 +124,8 @@ def _episode_options(command: Command) -> Command:
                 help="none: nothing moves, the noise floor; mbb: make before break; bbm: break "
                 "before make, the control that must lose packets. Interleaved in random order.",
             ),
-            click.option(
-                "--relocations",
-                type=click.IntRange(1, 100_000),
-                default=100,
-                show_default=True,
-                help="Relocations per arm.",
-            ),
-            click.option(
-                "--between",
-                default="edge1,edge2",
-                show_default=True,
-                help="The two anchors to relocate between.",
-            ),
+            _RELOCATIONS,
+            _BETWEEN,
             click.option(
                 "--window-ms",
                 type=click.IntRange(100, 60_000),
@@ -212,19 +216,8 @@ def _with_episodes(options: dict[str, Any], known: Sequence[str]) -> dict[str, A
     help="none: no relocation, the noise floor; drain: make before break, connections drain; bbm: "
     "break before make, the control in which streams must break. Interleaved in random order.",
 )
-@click.option(
-    "--relocations",
-    type=click.IntRange(1, 100_000),
-    default=100,
-    show_default=True,
-    help="Relocations per arm; each is one of every client.",
-)
-@click.option(
-    "--between",
-    default="edge1,edge2",
-    show_default=True,
-    help="The two anchors to relocate between.",
-)
+@_RELOCATIONS
+@_BETWEEN
 @click.option(
     "--drain-ms",
     type=click.IntRange(1, 600_000),

@@ -6,8 +6,8 @@ from typing import Any
 
 import jwt
 import pytest
+from catalogues import CATALOGUE
 from fakes import (
-    CATALOGUE,
     CELLS,
     KEYS,
     MBPS,

@@ -2,11 +2,11 @@
 
 import asyncio
 
+from catalogues import TWO_SERVICES
 from fakes import (
     CELLS,
     PREPARE_MS,
     SINK,
-    TWO_SERVICES,
     World,
     cancelled,
     lease_id,

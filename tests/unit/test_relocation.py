@@ -6,10 +6,10 @@ from typing import Any
 
 import jwt
 import pytest
+from catalogues import TWO_SERVICES
 from fakes import (
     DRAIN_MS,
     PREPARE_MS,
-    TWO_SERVICES,
     World,
     all_of,
     cancelled,

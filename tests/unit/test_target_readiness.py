@@ -2,8 +2,8 @@
 
 import asyncio
 
+from catalogues import CATALOGUE
 from fakes import (
-    CATALOGUE,
     DRAIN_MS,
     PREPARE_MS,
     World,
