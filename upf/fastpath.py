@@ -73,6 +73,10 @@ class FastPath:
     def __init__(self, config: GateConfig, ports: Ports) -> None:
         self.config = config
         self.ports = ports
+        self._access: dict[str, dict[bytes, bytes]] = {each.name(ACCESS): {} for each in FAMILIES}
+        for place in config.attachments:
+            key = nft.u32(ports.index[place.interface]) + place.address.packed
+            self._access[f"{ACCESS}{place.address.version}"][key] = b""
 
     def messages(self, comment: str) -> Iterator[Message]:
         """Make the whole table."""
@@ -98,15 +102,7 @@ class FastPath:
             yield table.rule(answer, _marked(family))
             datagram = [*_datagram(family), *self._fits(family, n6, n3)]
             yield table.rule("n6", [*datagram, nft.goto(answer)])
-        yield from table.elements(self._access())
-
-    def _access(self) -> dict[str, dict[bytes, bytes]]:
-        access: dict[str, dict[bytes, bytes]] = {family.name(ACCESS): {} for family in FAMILIES}
-        for attachment in self.config.attachments:
-            index = nft.u32(self.ports.index[attachment.interface])
-            name = f"{ACCESS}{attachment.address.version}"
-            access[name][index + attachment.address.packed] = b""
-        return access
+        yield from table.elements(self._access)
 
     def _sets(self, table: Table, family: Family) -> Iterator[Message]:
         address, size = family.address_type, family.address_bytes
@@ -116,7 +112,7 @@ class FastPath:
         }
         counted = {"NFTA_SET_EXPR": nft.counter(), "flags": {"NFT_SET_MAP", "NFT_SET_TIMEOUT"}}
         # With a known size the kernel takes a hash table that it looks up sooner.
-        most = max(1, len(self._access()[family.name(ACCESS)]))
+        most = max(1, len(self._access[family.name(ACCESS)]))
         sized: dict[str, Any] = {"NFTA_SET_DESC": {"attrs": [("NFTA_SET_DESC_SIZE", most)]}}
         source = (TYPE_IFINDEX, address)
         yield table.set(family.name(ACCESS), source, INDEX_BYTES + size, **sized)

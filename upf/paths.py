@@ -31,7 +31,7 @@ class Paths:
         """`known`: what the kernel has (packed address -> data), from an earlier process."""
         self._n3 = {ports.index[name] for name in config.n3_interfaces}
         self._ues = tuple(dict.fromkeys(one.address for one in config.attachments))
-        self._by_host = {ue: ue for ue in self._ues}
+        self._is_ue = frozenset(self._ues)
         self._known = known
         self._socket = socket
         self._routes = Routes(netns_path)
@@ -59,8 +59,8 @@ class Paths:
         for network in networks:
             if network.prefixlen < network.max_prefixlen:
                 wide.append(network)
-            elif (ue := self._by_host.get(network.network_address)) is not None:
-                found[ue] = None
+            elif network.network_address in self._is_ue:
+                found[network.network_address] = None
         if wide:
             found |= dict.fromkeys(ue for ue in self._ues if any(ue in network for network in wide))
         return tuple(found)
