@@ -51,8 +51,8 @@ KERNEL = {
         False,
         "a lease is renewed by deleting and adding it, in one batch",
     ),
-    "netdev_forward": (
-        "forwarding at ingress (nf_tables, netdev family)",
+    "tc_bpf": (
+        "programs at tc ingress (tcx, Linux 6.6)",
         False,
         "no fast path: each leased packet costs the router about a third more",
     ),

@@ -70,7 +70,7 @@ def serve_config(
     return ServeConfig(
         upf_netns=network.upf.netns,
         in_place_renewal=features.in_place_renewal,
-        fast_path=features.netdev_forward,
+        fast_path=features.tc_bpf,
         catalogue=catalogue,
         state=state,
         operator_socket=operator_socket,

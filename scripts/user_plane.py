@@ -168,7 +168,7 @@ def user_plane(config: UserPlaneConfig, catalogue: Catalogue) -> Iterator[LocalU
     if renewal is None or fast_path is None or (parks and queue is None):
         features = probe()
         renewal = features.in_place_renewal if renewal is None else renewal
-        fast_path = features.netdev_forward if fast_path is None else fast_path
+        fast_path = features.tc_bpf if fast_path is None else fast_path
         queue = queue or features.packet_queue()
     if parks and queue is None:
         log.warning(

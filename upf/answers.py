@@ -30,7 +30,7 @@ from upf.attributes import (
     value_head,
 )
 
-DATA_BYTES = (4, 8, 20, 0)  # marks and class ids, next hops of both families, none
+DATA_BYTES = (4, 8, 0)  # marks, markings, none
 
 
 @dataclass(slots=True)  # not frozen: that would double what it costs to make one

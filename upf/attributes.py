@@ -7,7 +7,9 @@ with this head, without padding), its type, its value, and padding to 4 bytes.
 import struct
 from functools import lru_cache
 
-from upf.messages import family_of, table_of
+from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
+
+from upf.messages import table_of
 
 LIST_TABLE, LIST_SET, LIST_ELEMENTS = 1, 2, 3
 LIST_ELEMENT = 1
@@ -44,7 +46,7 @@ def value_head(kind: int, value_bytes: int) -> bytes:
 def list_head(set_name: str) -> bytes:
     """Return what precedes the elements in a message about one of our sets."""
     return (
-        NFGEN.pack(family_of(set_name), 0, 0)
+        NFGEN.pack(NFPROTO_INET, 0, 0)
         + attribute(LIST_TABLE, table_of(set_name).encode() + b"\0")
         + attribute(LIST_SET, set_name.encode() + b"\0")
     )

@@ -7,27 +7,18 @@ the 4-byte ones that overlay them. Concatenated keys fill consecutive 4-byte reg
 import struct
 from typing import Any
 
-from pyroute2.netlink import nla
-from pyroute2.netlink.nfnetlink.nftsocket import nft_contains_expr
-
 Expression = dict[str, Any]
-
-# pyroute2 (0.9) names a type for NFTA_FWD_NFPROTO that it does not have.
-nft_contains_expr.nft_expr.nft_fwd.u32 = nla.be32
 
 REG_VERDICT = 0
 REG_1 = 1
-LINK_HEADER = 0
 NETWORK_HEADER = 1
 TRANSPORT_HEADER = 2
 
 META_PRIORITY = 2
 META_MARK = 3
-META_IIF = 4
 META_IIFNAME = 6
 META_NFPROTO = 15
 META_L4PROTO = 16
-META_PKTTYPE = 19
 CT_MARK = 3
 EXTHDR_IPV4 = 2
 
@@ -37,7 +28,6 @@ CSUM_INET = 1
 
 CMP_EQ = 0
 CMP_NEQ = 1
-CMP_LTE = 3
 
 DROP = 0
 ACCEPT = 1
@@ -178,19 +168,6 @@ def from_map(name: str, *, key: int = REG_1, reg: int = REG_1) -> Expression:
         ("NFTA_LOOKUP_SET", name),
         ("NFTA_LOOKUP_SREG", key),
         ("NFTA_LOOKUP_DREG", reg),
-    )
-
-
-def forward(nfproto: int, *, device: int, neighbour: int) -> Expression:
-    """Hand the packet to a device (its index is in a register) for a neighbour (its address too).
-
-    The packet leaves as if it had been routed: time to live decreased, new link-layer header.
-    """
-    return _expression(
-        "fwd",
-        ("NFTA_FWD_SREG_DEV", device),
-        ("NFTA_FWD_SREG_ADDR", neighbour),
-        ("NFTA_FWD_NFPROTO", nfproto),
     )
 
 

@@ -1,43 +1,59 @@
 """The fast path: what a lease lets through is forwarded where it comes in, past the IP stack.
 
-A table of its own, family `netdev`, with chains at the ingress of the N3 and N6 interfaces:
+Programs at tc ingress of the N3 and N6 interfaces (`bpf/fastpath.bpf.c`), and their maps:
 
-    n3, ingress   whole datagram, its source in access --> up map: out to the anchor
-    n6, ingress   whole datagram --> path map: where is its UE? down map: QoS class, out to the UE
+    n3   whole datagram --> up: live lease?  its UE may come by here: out to the anchor
+    n6   whole datagram --> down: live lease?  ues: where is its UE?  class, DSCP, out to it
 
-It only ever forwards what the gate (`upf.schema`) would let through: `up` and `down` elements are
-installed in one batch with their lease's other elements and have the same timeout. Whatever else
-comes, or looks in any way unusual (not UDP, fragments, IP options, extension headers, a time to
-live that ends here, VLAN tags, more than the least MTU), goes to the gate as if this were not
-there, and the gate decides, drops and counts. Others' rules in the router's forward hook do not see
-what goes this way.
+They only ever forward what the gate (`upf.schema`) would let through: an entry is there only while
+the gate has its lease, and has a deadline of its own, checked for every packet, which is before the
+gate's. What else comes, or looks in any way unusual (not UDP, fragments, IP options, extension
+headers, a time to live that ends here, VLAN tags, more than the least MTU), goes to the gate as if
+this were not there, and the gate decides, drops and counts. Others' rules in the router's forward
+hook do not see what goes this way.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple, Self
 
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_NETDEV
-
-from upf import expressions as nft
+from upf import ingress, libbpf
 from upf.config import GateConfig
-from upf.expressions import Expression
-from upf.marking import dscp_chains, marking_map
-from upf.messages import FAST_PREFIX, Message
+from upf.elements import Counters
+from upf.libbpf import BpfError, Map, NoLibraryError, Program
 from upf.netns import route_socket
-from upf.tables import FAMILIES, TYPE_CLASSID, TYPE_IFINDEX, Family, Table
+from upf.tables import FAMILIES
+from upf.timed import ElementName, Wanted
 
-INGRESS, PRIORITY = 0, 0
-INDEX_BYTES = 4
-PACKET_HOST = 0
-IPPROTO_UDP = 17
-ETHER_TYPE_OFFSET, ETHER_TYPES = 12, {4: b"\x08\x00", 6: b"\x86\xdd"}
-IPV6_HEADER_BYTES = 40
-UP, DOWN, MARKED, PATH, ACCESS = "fast_up", "fast_down", "fast_marked", "fast_path", "fast_access"
+log = logging.getLogger(__name__)
+
+PROGRAM = Path(__file__).with_name("bpf") / "fastpath.bpf.o"
+N3, N6 = "aipaging_n3", "aipaging_n6"  # the programs
+UP, DOWN = "up", "down"  # the maps of leases, by family: up4, ...
+UES, ACCESS, CONSTANTS = "ues", "access", "fastpath.rodata"
+ETHERNET = 1  # ARPHRD_ETHER
+# How much before its lease an entry ends. The gate ends a lease some milliseconds early, to ticks
+# of the kernel's clock (10 ms at most); it is to have the last word, and the last count.
+EARLIER_NS = 25_000_000
+
+# As in bpf/fastpath.bpf.c.
+_LEASE = struct.Struct("=QQQQ")  # until_ns, packets, bytes, tag
+_PLACE = struct.Struct("=IIII")  # ue, class_id, dscp, device; then a neighbour's address
+_HOP = struct.Struct("=I16s")
+_SETTINGS = struct.Struct("=III16s")
+NUMBER = struct.Struct("=I")
+_PAIR = struct.Struct("=II")  # UE, interface
+UPLINK = NUMBER.pack(0)  # in the place of an interface, in keys
 
 
 class FastPathError(Exception):
-    """The interfaces are not as a fast path needs them."""
+    """There can be no fast path here. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +62,20 @@ class Ports:
 
     index: Mapping[str, int]
     mtu_bytes: Mapping[str, int]
+    ethernet: bool  # all of them
+
+
+class Entry(NamedTuple):
+    """What a lease's entry says now."""
+
+    until_ns: int
+    packets: int
+    bytes: int
+    tag: int
 
 
 def ports(netns_path: str, config: GateConfig) -> Ports:
-    """Look the interfaces of N3 and N6 up. Raises FastPathError if one is missing."""
+    """Look the interfaces of N3 and N6 up. Raises FastPathError if one does not do."""
     wanted = dict.fromkeys((*config.n3_interfaces, *n6_interfaces(config)))
     with route_socket(netns_path) as routes:
         found = {link.get_attr("IFLA_IFNAME"): link for link in routes.get_links()}
@@ -59,7 +85,18 @@ def ports(netns_path: str, config: GateConfig) -> Ports:
     return Ports(
         index={name: int(found[name]["index"]) for name in wanted},
         mtu_bytes={name: int(found[name].get_attr("IFLA_MTU")) for name in wanted},
+        ethernet=all(found[name]["ifi_type"] == ETHERNET for name in wanted),
     )
+
+
+def unfit(config: GateConfig, there: Ports) -> str:
+    """Return why the programs cannot serve these interfaces; empty: they can."""
+    n3, n6 = set(config.n3_interfaces), set(n6_interfaces(config))
+    if not n3 or not n6:
+        return "it needs an interface of N3 and one of N6"
+    if n3 & n6:
+        return f"{', '.join(sorted(n3 & n6))} is of N3 and of N6"
+    return "" if there.ethernet else "an interface of N3 or N6 is not Ethernet"
 
 
 def n6_interfaces(config: GateConfig) -> tuple[str, ...]:
@@ -67,198 +104,209 @@ def n6_interfaces(config: GateConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(anchor.interface for anchor in config.anchors))
 
 
+def ue_numbers(config: GateConfig) -> dict[bytes, int]:
+    """Return the numbers by which the fast path knows the UEs, by their packed address."""
+    ues = dict.fromkeys(place.address.packed for place in config.attachments)
+    return {ue: number for number, ue in enumerate(ues)}
+
+
+@lru_cache(maxsize=4_096)
+def tag_of(comment: bytes) -> int:
+    """Return by what an entry tells its lease, given the comment of the lease's elements."""
+    return int.from_bytes(blake2b(comment, digest_size=8).digest())
+
+
+def encode_place(
+    ue: int, class_id: int = 0, dscp: int = 0, device: int = 0, neighbour: bytes = b""
+) -> bytes:
+    """Return the data of an entry: its UE, what its packets get, and where they go (uplink)."""
+    return _PLACE.pack(ue, class_id, dscp, device) + neighbour
+
+
+def encode_hop(device: int, neighbour: bytes) -> bytes:
+    """Return what `ues` says of a UE: an interface (0: no way there), and whom to hand to."""
+    return _HOP.pack(device, neighbour)
+
+
+class Switch:
+    """A change of leases' entries around one of the gate: what ends went before it."""
+
+    def __init__(self, fast_path: "FastPath") -> None:
+        self._fast_path = fast_path
+        self.taken: dict[ElementName, tuple[Wanted, Counters]] = {}
+        self.opening: list[tuple[Wanted, Counters]] = []
+
+    def complete(self) -> None:
+        """The gate has changed: let what begins, or goes on, begin."""
+        for wanted, counters in self.opening:
+            self._fast_path.put(wanted, counters)
+
+    def undo(self) -> None:
+        """The gate has not changed: put back what was taken."""
+        for wanted, counters in self.taken.values():
+            self._fast_path.put(wanted, counters)
+
+
 class FastPath:
-    """Builds the requests that make the fast path's table for one configuration."""
+    """The programs and maps of one user plane, attached in a network namespace."""
 
-    def __init__(self, config: GateConfig, ports: Ports) -> None:
-        self.config = config
-        self.ports = ports
-        self._access: dict[str, dict[bytes, bytes]] = {each.name(ACCESS): {} for each in FAMILIES}
-        for place in config.attachments:
-            key = nft.u32(ports.index[place.interface]) + place.address.packed
-            self._access[f"{ACCESS}{place.address.version}"][key] = b""
+    def __init__(self, maps: dict[str, Map]) -> None:
+        """Take over open maps."""
+        self._maps = maps
+        self.ues = maps[UES]
+        self._full = False
 
-    def messages(self, comment: str) -> Iterator[Message]:
-        """Make the whole table."""
-        config, table = self.config, Table(NFPROTO_NETDEV)
-        n3, n6 = config.n3_interfaces, n6_interfaces(config)
-        yield table.make(comment)
-        for family in FAMILIES:
-            yield from self._sets(table, family)
-        yield table.chain("n3", (INGRESS, PRIORITY), n3)
-        yield table.chain("n6", (INGRESS, PRIORITY), n6)
-        for family in FAMILIES:
-            out = family.name("out")
-            yield table.chain(out)
-            yield table.rule(out, _out(family))
-            goto_out = [nft.goto(out)]
-            yield from dscp_chains(table, family, config.dscps, FAST_PREFIX, goto_out)
-        for family in FAMILIES:
-            uplink = [*_datagram(family), *self._fits(family, n3, n6), *self._uplink(family)]
-            yield table.rule("n3", uplink)
-            answer = family.name("answer")
-            yield table.chain(answer)
-            yield table.rule(answer, _downlink(family))
-            yield table.rule(answer, _marked(family))
-            datagram = [*_datagram(family), *self._fits(family, n6, n3)]
-            yield table.rule("n6", [*datagram, nft.goto(answer)])
-        yield from table.elements(self._access)
+    @classmethod
+    def make(cls, netns_path: str, config: GateConfig, there: Ports, fingerprint: str) -> Self:
+        """Load the programs and attach them, in the place of any others of ours.
 
-    def _sets(self, table: Table, family: Family) -> Iterator[Message]:
-        address, size = family.address_type, family.address_bytes
-        hop = {  # where to: an interface and a neighbour on it
-            "NFTA_SET_DATA_TYPE": TYPE_IFINDEX << 6 | address,
-            "NFTA_SET_DATA_LEN": INDEX_BYTES + size,
-        }
-        counted = {"NFTA_SET_EXPR": nft.counter(), "flags": {"NFT_SET_MAP", "NFT_SET_TIMEOUT"}}
-        # With a known size the kernel takes a hash table that it looks up sooner.
-        most = max(1, len(self._access[family.name(ACCESS)]))
-        sized: dict[str, Any] = {"NFTA_SET_DESC": {"attrs": [("NFTA_SET_DESC_SIZE", most)]}}
-        source = (TYPE_IFINDEX, address)
-        yield table.set(family.name(ACCESS), source, INDEX_BYTES + size, **sized)
-        yield table.set(family.name(PATH), (address,), size, flags={"NFT_SET_MAP"}, **hop, **sized)
-        yield table.set(family.name(UP), (address, address), 2 * size, **counted, **hop)
-        yield table.set(
-            family.name(DOWN),
-            (address, address, TYPE_IFINDEX),
-            2 * size + INDEX_BYTES,
-            **counted,
-            NFTA_SET_DATA_TYPE=TYPE_CLASSID,
-            NFTA_SET_DATA_LEN=4,
-        )
-        answers = (address, address, TYPE_IFINDEX)
-        yield marking_map(table, family.name(MARKED), answers, 2 * size + INDEX_BYTES, **counted)
-
-    def _uplink(self, family: Family) -> list[Expression]:
-        """Incoming interface . UE may be a source; UE . service is leased: on to its anchor.
-
-        Where every UE may come through every N3 interface, a lease says as much about its UE.
+        Raises FastPathError: they were not built, or the kernel refuses them.
         """
-        index, ue = nft.register(0), nft.register(INDEX_BYTES)
-        service = nft.register(INDEX_BYTES + family.address_bytes)
-        allowed: list[Expression] = []
-        if not self.config.anywhere:
-            allowed = [
-                nft.meta_load(nft.META_IIF, index),
-                nft.in_set(family.name(ACCESS), reg=index),
-            ]
-        return [
-            _address(family, family.source_offset, ue),
-            *allowed,
-            _address(family, family.destination_offset, service),
-            nft.from_map(family.name(UP), key=ue, reg=index),
-            nft.forward(family.nfproto, device=index, neighbour=ue),
-        ]
+        if not PROGRAM.exists():
+            raise FastPathError(f"{PROGRAM} was not built: run scripts/setup")
+        places = {
+            (ue_numbers(config)[place.address.packed], there.index[place.interface])
+            for place in config.attachments
+        }
+        n3, n6 = config.n3_interfaces, n6_interfaces(config)
+        mtu = there.mtu_bytes
+        constants = _SETTINGS.pack(
+            config.anywhere,
+            min(mtu[name] for name in n6),
+            min(mtu[name] for name in n3),
+            _digest(fingerprint),
+        )
+        try:
+            with libbpf.Object(PROGRAM) as found:
+                found.size(UES, max(1, len(ue_numbers(config))))
+                found.size(ACCESS, max(1, len(places)))
+                found.set_constants(constants)
+                found.load()
+                programs = {name: found.program(name) for name in (N3, N6)}
+                at = {there.index[name]: programs[N3] for name in n3}
+                at |= {there.index[name]: programs[N6] for name in n6}
+                with ExitStack() as undo:
+                    made = cls(_all_maps(programs.values()))
+                    undo.callback(made.close)
+                    for ue, index in places:
+                        made._maps[ACCESS].put(_PAIR.pack(ue, index), NUMBER.pack(1))
+                    ingress.attach(netns_path, at)
+                    undo.pop_all()
+        except BpfError as error:
+            raise FastPathError(f"the fast path cannot be loaded: {error}") from error
+        return made
 
-    def _fits(
-        self, family: Family, comes: Sequence[str], leaves: Sequence[str]
-    ) -> list[Expression]:
-        """Go on with what is no longer than the least MTU ahead, if more may come."""
-        mtu = self.ports.mtu_bytes
-        least = min(mtu[name] for name in leaves)
-        if least >= max(mtu[name] for name in comes):
-            return []
-        offset, limit = (2, least) if family.version == 4 else (4, least - IPV6_HEADER_BYTES)
-        length = nft.payload(nft.NETWORK_HEADER, offset, 2, nft.REG_1)
-        return [length, nft.compare(limit.to_bytes(2), operator=nft.CMP_LTE)]
+    @classmethod
+    def adopt(cls, netns_path: str, there: Ports, fingerprint: str) -> Self | None:
+        """Open the programs that an earlier process made for the same configuration, if any."""
+        wanted = set(there.index.values())
+        try:
+            found = ingress.attached(netns_path, wanted)
+        except BpfError:
+            return None
+        with ExitStack() as programs:
+            for program in found.values():
+                programs.callback(program.close)
+            if set(found) != wanted:
+                return None
+            try:
+                adopted = cls(_all_maps(found.values()))
+            except (BpfError, KeyError):
+                return None
+        if adopted._fingerprint() != _digest(fingerprint):
+            adopted.close()
+            return None
+        return adopted
+
+    def close(self) -> None:
+        """Let go. Programs and entries stay."""
+        for opened in self._maps.values():
+            opened.close()
+
+    def begin(self, pairs: Iterable[tuple[list[Wanted], list[Wanted]]]) -> Switch:
+        """Begin to change entries from what is to what should be, by flow; the gate is next.
+
+        From now on the gate alone carries those that end or change. A lease that keeps its entry
+        counts on from where it was.
+        """
+        switch = Switch(self)
+        for are, after in pairs:
+            before = {is_[:2]: is_ for is_ in are}
+            for wanted in after:
+                is_ = before.pop(wanted[:2], None)
+                if is_ == wanted:
+                    continue
+                counters = wanted[5] or Counters(0, 0)
+                if is_ is not None:
+                    had = self._take(switch, is_)
+                    if had is not None and is_[3] == wanted[3]:
+                        counters = had
+                switch.opening.append((wanted, counters))
+            for is_ in before.values():
+                self._take(switch, is_)
+        return switch
+
+    def _take(self, switch: Switch, is_: Wanted) -> Counters | None:
+        value = self._maps[is_[0]].take(is_[1])
+        if value is None:
+            return None
+        _, packets, octets, _ = _LEASE.unpack_from(value)
+        counters = Counters(packets, octets)
+        switch.taken[is_[:2]] = (is_, counters)
+        return counters
+
+    def put(self, wanted: Wanted, counters: Counters) -> None:
+        """Set an entry. If there is no room the gate alone carries its flow."""
+        name, key, data, comment, until_ns, _ = wanted
+        there = self._maps[name]
+        value = _LEASE.pack(max(0, until_ns - EARLIER_NS), *counters, tag_of(comment)) + data
+        try:
+            there.put(key, value.ljust(there.value_bytes, b"\0"))
+        except BpfError as error:
+            if not self._full:
+                self._full = True
+                log.warning("the fast path has no room for a lease, which is slower: %s", error)
+
+    def get(self, name: ElementName) -> Entry | None:
+        """Return an entry; None if there is none."""
+        value = self._maps[name[0]].get(name[1])
+        return None if value is None else Entry(*_LEASE.unpack_from(value))
+
+    def entries(self, name: str) -> Iterator[tuple[bytes, Entry]]:
+        """Read all entries of a map."""
+        for key, value in self._maps[name].items():
+            yield key, Entry(*_LEASE.unpack_from(value))
+
+    def sweep(self, names: set[ElementName]) -> None:
+        """Delete what an earlier process left, but for these entries."""
+        for each in FAMILIES:
+            for name in (each.name(UP), each.name(DOWN)):
+                for key in [key for key, _ in self.entries(name) if (name, key) not in names]:
+                    self._maps[name].take(key)
+
+    def _fingerprint(self) -> bytes:
+        value = self._maps[CONSTANTS].get(NUMBER.pack(0))
+        return b"" if value is None else bytes(_SETTINGS.unpack(value)[3])
 
 
-# What follows is written so that the kernel has a short way for each expression: aligned loads of
-# 1, 2 or 4 bytes, masks of 4 bytes, comparisons for equality. It takes 8 ns then, instead of 20.
+def remove(netns_path: str) -> None:
+    """Take the programs away, if they are there; their maps go with them."""
+    with suppress(NoLibraryError):  # then none was loaded either
+        ingress.detach(netns_path)
 
 
-def _load(offset: int, length: int) -> Expression:
-    return nft.payload(nft.NETWORK_HEADER, offset, length, nft.register(0))
+def _all_maps(programs: Iterable[Program]) -> dict[str, Map]:
+    maps: dict[str, Map] = {}
+    for program in programs:
+        for name, found in program.maps().items():
+            if name in maps:
+                found.close()
+            else:
+                maps[name] = found
+    return maps
 
 
-def _equal(value: bytes) -> Expression:
-    return nft.compare(value, nft.register(0))
-
-
-def _masked(bits: bytes, value: bytes, operator: int = nft.CMP_EQ) -> list[Expression]:
-    first = nft.register(0)
-    return [nft.mask(bits, first), nft.compare(value, first, operator)]
-
-
-def _datagram(family: Family) -> list[Expression]:
-    """Go on with a whole UDP datagram for this router, without options, that may travel on."""
-    for_this_router = [nft.meta_load(nft.META_PKTTYPE), nft.compare(bytes([PACKET_HOST]))]
-    # Not by meta protocol, which does not tell of a VLAN tag.
-    untagged = [
-        nft.payload(nft.LINK_HEADER, ETHER_TYPE_OFFSET, 2, nft.register(0)),
-        _equal(ETHER_TYPES[family.version]),
-    ]
-    udp = bytes([IPPROTO_UDP])
-    if family.version == 4:
-        header = [
-            *(_load(0, 1), _equal(b"\x45")),  # version, length of the header
-            *(_load(4, 4), *_masked(b"\0\0\x3f\xff", bytes(4))),  # no fragment
-            *(_load(9, 1), _equal(udp)),
-            *(_load(8, 4), *_masked(b"\xfe\0\0\0", bytes(4), nft.CMP_NEQ)),  # time to live: 2 +
-        ]
-    else:
-        header = [
-            *(_load(0, 4), *_masked(b"\xf0\0\0\0", b"\x60\0\0\0")),  # version
-            *(_load(6, 1), _equal(udp)),  # and no extension header before it
-            *(_load(4, 4), *_masked(b"\0\0\0\xfe", bytes(4), nft.CMP_NEQ)),  # hop limit: 2 +
-        ]
-    return [*for_this_router, *untagged, *header]
-
-
-def _address(family: Family, offset: int, reg: int) -> Expression:
-    return nft.payload(nft.NETWORK_HEADER, offset, family.address_bytes, reg)
-
-
-def _downlink(family: Family) -> list[Expression]:
-    """The UE has a path; service . UE . incoming interface is leased: its class, and out.
-
-    The lease comes last, for to be found there is to be counted.
-    """
-    first, ue = nft.register(0), nft.register(family.address_bytes)
-    device, neighbour = _hop(family)
-    return [
-        *_answer_key(family),
-        nft.from_map(family.name(PATH), key=ue, reg=device),
-        nft.from_map(family.name(DOWN), key=first, reg=first),
-        nft.meta_set(nft.META_PRIORITY, first),
-        nft.forward(family.nfproto, device=device, neighbour=neighbour),
-    ]
-
-
-def _marked(family: Family) -> list[Expression]:
-    """As `_downlink`, for leases whose packets get a DSCP: to the chain that writes it."""
-    class_id, dscp = nft.register(0), nft.register(4)
-    return [
-        *_answer_key(family),
-        nft.from_map(family.name(MARKED), key=class_id, reg=class_id),
-        nft.meta_set(nft.META_PRIORITY, class_id),
-        nft.from_map(f"{FAST_PREFIX}{family.name('dscp')}", key=dscp, reg=nft.REG_VERDICT),
-    ]
-
-
-def _out(family: Family) -> list[Expression]:
-    """To where the UE is."""
-    device, neighbour = _hop(family)
-    ue = nft.register(0)
-    return [
-        _address(family, family.destination_offset, ue),
-        nft.from_map(family.name(PATH), key=ue, reg=device),
-        nft.forward(family.nfproto, device=device, neighbour=neighbour),
-    ]
-
-
-def _hop(family: Family) -> tuple[int, int]:
-    """Return the registers of an interface and of a neighbour on it."""
-    first = 2 * family.address_bytes + INDEX_BYTES
-    return nft.register(first), nft.register(first + INDEX_BYTES)
-
-
-def _answer_key(family: Family) -> list[Expression]:
-    """Load service . UE . incoming interface."""
-    size = family.address_bytes
-    service, ue, index = (nft.register(offset) for offset in (0, size, 2 * size))
-    return [
-        _address(family, family.source_offset, service),
-        _address(family, family.destination_offset, ue),
-        nft.meta_load(nft.META_IIF, index),
-    ]
+def _digest(fingerprint: str) -> bytes:
+    """Return what tells the programs of one version and configuration."""
+    version = PROGRAM.read_bytes() if PROGRAM.exists() else b""
+    return blake2b(fingerprint.encode() + version, digest_size=16).digest()

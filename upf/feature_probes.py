@@ -20,11 +20,11 @@ from pyroute2.netlink.nfnetlink import nftsocket
 from pyroute2.nftables.main import AsyncNFTables
 
 from upf import expressions as nft
+from upf import fastpath, libbpf
 from upf.messages import batch, message
-from upf.tables import IPV4, Table
 
 CLONE_NEWNS, CLONE_NEWNET, CLONE_NEWPID = 0x00020000, 0x40000000, 0x20000000
-NFPROTO_INET, NFPROTO_NETDEV, NFPROTO_BRIDGE = 1, 5, 7
+NFPROTO_INET, NFPROTO_BRIDGE = 1, 7
 SO_RXQ_OVFL, PACKET_VNET_HDR, SOL_PACKET = 40, 15, 263
 SO_TIMESTAMPNS, SO_RCVBUFFORCE = 35, 33
 CT_STATE = 0
@@ -210,20 +210,15 @@ def _expression(name: str, *attributes: tuple[str, Any]) -> nft.Expression:
     return {"attrs": [("NFTA_EXPR_NAME", name), ("NFTA_EXPR_DATA", {"attrs": list(attributes)})]}
 
 
-def _netdev_forward() -> None:
-    """Forward at ingress of two devices, to where two registers say."""
-    devices = ("ingress0", "ingress1")
-    _add_link(devices[0], "veth", peer=devices[1])
-    table = Table(NFPROTO_NETDEV)
-    device, neighbour = nft.register(0), nft.register(4)
-    load = [nft.immediate(nft.u32(1), device), nft.immediate(bytes(4), neighbour)]
-    forward = nft.forward(IPV4.nfproto, device=device, neighbour=neighbour)
-    _commit(
-        table.make("probe"),
-        table.chain("chain", (0, 0), devices),
-        table.rule("chain", [*load, forward]),
-        family=NFPROTO_NETDEV,
-    )
+def _tc_bpf() -> None:
+    """Load the fast path's programs, which verifies them, and attach them to an interface."""
+    index = _add_link("ingress0", "veth", peer="ingress1")
+    if not fastpath.PROGRAM.exists():
+        raise RuntimeError(f"{fastpath.PROGRAM.name} was not built: run scripts/setup")
+    with libbpf.Object(fastpath.PROGRAM) as found:
+        found.load()
+        for name in (fastpath.N3, fastpath.N6):
+            found.program(name).attach(index)
 
 
 def _conntrack() -> None:
@@ -295,7 +290,7 @@ PROBES: tuple[Callable[[], None], ...] = (
     _nft_bridge,
     _timeout_map,
     _in_place_renewal,
-    _netdev_forward,
+    _tc_bpf,
     _conntrack,
     _ct_mark,
     _nft_queue,

@@ -34,7 +34,7 @@ class Features:
     nft_bridge: bool = False  # nf_tables, `bridge` family
     timeout_map: bool = False  # map whose elements have a timeout and a counter
     in_place_renewal: bool = False  # adding an element that exists renews its timeout (6.12)
-    netdev_forward: bool = False  # nf_tables, `netdev` family: forwarding at ingress
+    tc_bpf: bool = False  # the fast path's programs at tc ingress (tcx, Linux 6.6)
     conntrack: bool = False  # `ct state` in a rule
     ct_mark: bool = False  # `ct mark` read and set in a rule
     nft_queue: bool = False  # nf_tables' own `queue` expression

@@ -4,7 +4,7 @@ A flow is one UE and one service (or server), known here by its key: both addres
 says what a flow should be next. Everything here is pure: no I/O, and the time is an argument.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from controlplane.enforcement import (
 from upf.config import GateConfig
 from upf.elements import Counters
 from upf.expressions import u32
-from upf.fastpath import DOWN, MARKED, UP, Ports
+from upf.fastpath import DOWN, NUMBER, UP, UPLINK, Ports, encode_place, ue_numbers
 from upf.marking import Marking, encode_marking
 from upf.tables import FAMILIES, IPV4, ifname_key
 from upf.timed import ElementName, Wanted
@@ -132,8 +132,8 @@ class _Place(NamedTuple):
 
     mark: bytes
     port: bytes  # interface, by name
-    number: bytes  # interface, by index; empty: there is no fast path
-    hops: dict[int, bytes]  # length of a flow's key -> that and the anchor's own address
+    device: int  # that interface, by index; 0: there is no fast path
+    addresses: dict[int, bytes]  # length of a flow's key -> the anchor's own address
 
 
 class LeaseElements:
@@ -147,24 +147,21 @@ class LeaseElements:
     ) -> None:
         """`class_of`: the tc class of a lease; `ports`: the interfaces, if there is a fast path."""
         self._class_of = class_of
-        # Of these UEs the fast path knows that they may be a source.
-        self._fast_ues = {one.address.packed for one in config.attachments} if ports else set()
+        self._ue_numbers = ue_numbers(config) if ports else {}  # whom the fast path knows
         self._anchors: dict[str, _Place] = {}
         for anchor in config.anchors:
-            number = u32(ports.index[anchor.interface]) if ports else b""
             self._anchors[anchor.name] = _Place(
                 u32(config.mark(anchor.name)),
                 ifname_key(anchor.interface),
-                number,
+                ports.index[anchor.interface] if ports else 0,
                 {
-                    2 * len(address.packed): number + address.packed
+                    2 * len(address.packed): address.packed
                     for address in (anchor.address4, anchor.address6)
                 },
             )
         self._sets = {  # length of a flow's key -> names of the sets of its family
             2 * family.address_bytes: tuple(
-                family.name(stem)
-                for stem in ("steer", "return", "qos", "drain", "hold", UP, DOWN, MARKED)
+                family.name(stem) for stem in ("steer", "return", "qos", "drain", "hold", UP, DOWN)
             )
             for family in FAMILIES
         }
@@ -191,8 +188,8 @@ class LeaseElements:
             raise EnforcementError(f"the gate knows no anchor named {binding.anchor}")
 
     def of(self, key: bytes, state: FlowState) -> list[Wanted]:
-        """Return the elements of a flow, given its key; no two have the same name."""
-        steer, back, qos, drain, hold, up, *answers = self._sets[len(key)]
+        """Return the gate's elements of a flow, given its key; no two have the same name."""
+        steer, back, qos, drain, hold, _, _ = self._sets[len(key)]
         elements: list[Wanted] = []
         binding = state.binding
         if binding is not None:
@@ -211,65 +208,68 @@ class LeaseElements:
                 if class_id:
                     data = encode_marking(class_id, dscp)
                     elements.append((qos, key, data, comment, until_ns, None))
-                if key[: len(key) // 2] in self._fast_ues:
-                    out = place.hops[len(key)]
-                    if not state.held_until_ns:  # what is held must not get past the queue
-                        elements.append((up, key, out, comment, until_ns, state.carried))
-                    answer = _fast_answer(answers, key, place, class_id, dscp)
-                    elements.append((*answer, comment, until_ns, None))
         if not state.draining:
             return elements
         named: dict[ElementName, Wanted] = {}
-        # Of one flow the packets of all anchors are marked alike.
-        class_id, dscp = UNMARKED if binding is None else self.marking(binding)
         for old, until_ns in state.draining:
             assert old.anchor is not None  # `check` lets no other move
             comment, place = comment_of(old), self._anchors[old.anchor]
             for name in ((back, key + place.port), (drain, key + place.mark)):
                 named[name] = (*name, b"", comment, until_ns, None)
-            if key[: len(key) // 2] in self._fast_ues:
-                answer = _fast_answer(answers, key, place, class_id, dscp)
-                named[answer[:2]] = (*answer, comment, until_ns, None)
         named |= {wanted[:2]: wanted for wanted in elements}  # anchors may share an interface
         return list(named.values())
+
+    def fast(self, key: bytes, state: FlowState) -> list[Wanted]:
+        """Return the fast path's entries of a flow; no two have the same name."""
+        half = len(key) // 2
+        ue = self._ue_numbers.get(key[:half])
+        if ue is None:
+            return []
+        up, down = self._sets[len(key)][5:]
+        answer = key[half:] + key[:half]  # as packets have it
+        entries: dict[ElementName, Wanted] = {}
+        # Of one flow the packets of all anchors are marked alike.
+        class_id, dscp = UNMARKED if state.binding is None else self.marking(state.binding)
+        data = encode_place(ue, class_id, dscp)
+        binding = state.binding
+        live = () if binding is None or binding.anchor is None else ((binding, binding.expires_ns),)
+        for one, until_ns in (*state.draining, *live):  # anchors may share an interface
+            assert one.anchor is not None
+            name = (down, answer + NUMBER.pack(self._anchors[one.anchor].device))
+            entries[name] = (*name, data, comment_of(one), until_ns, None)
+        if live and not state.held_until_ns:  # what is held must not get past the queue
+            assert binding is not None and binding.anchor is not None
+            place = self._anchors[binding.anchor]
+            name = (up, key + UPLINK)
+            out = encode_place(ue, device=place.device, neighbour=place.addresses[len(key)])
+            entries[name] = (*name, out, comment_of(binding), binding.expires_ns, state.carried)
+        return list(entries.values())
 
     def hold(self, key: bytes) -> str:
         """Return the name of the set that holds a flow's uplink."""
         return self._sets[len(key)][4]
 
-    def fast_uplink(self, key: bytes) -> ElementName | None:
-        """Return the name of the element that lets a flow's uplink past the IP stack, if any."""
-        return (self._sets[len(key)][5], key) if key[: len(key) // 2] in self._fast_ues else None
+    def fast_uplink(self, key: bytes) -> ElementName:
+        """Return the name of the entry that lets a flow's uplink past the IP stack."""
+        return (self._sets[len(key)][5], key + UPLINK)
 
     def marking(self, binding: Binding) -> Marking:
         """Return how a lease's packets are marked."""
         return Marking(self._class_of(binding), binding.qos.dscp)
 
     def counting(self, key: bytes, binding: Binding) -> tuple[ElementName, ...]:
-        """Return the names of the elements that count a lease's packets."""
-        steer, back, qos, _, _, up, *answers = self._sets[len(key)]
+        """Return the names of the gate's elements that count a lease's packets."""
+        steer, back, qos, *_ = self._sets[len(key)]
         if binding.anchor is None:
             return ((qos, key),)
         place = self._anchors.get(binding.anchor)
-        if place is None:
+        return () if place is None else ((steer, key), (back, key + place.port))
+
+    def fast_counting(self, key: bytes, binding: Binding) -> tuple[ElementName, ...]:
+        """Return the names of the fast path's entries that count a lease's packets."""
+        half = len(key) // 2
+        place = self._anchors.get(binding.anchor or "")
+        if place is None or key[:half] not in self._ue_numbers:
             return ()
-        names: tuple[ElementName, ...] = ((steer, key), (back, key + place.port))
-        if key[: len(key) // 2] in self._fast_ues:
-            answer = _fast_answer(answers, key, place, 0, binding.qos.dscp)
-            names += ((up, key), answer[:2])
-        return names
-
-
-def _fast_answer(
-    sets: Sequence[str], key: bytes, place: _Place, class_id: int, dscp: int
-) -> tuple[str, bytes, bytes]:
-    """Return set, key and data of a downlink element of the fast path.
-
-    `sets`: of answers that get no DSCP, and of those that get one. The key is service, UE and
-    interface, as packets have them.
-    """
-    half = len(key) // 2
-    name = key[half:] + key[:half] + place.number
-    if dscp:
-        return (sets[1], name, encode_marking(class_id, dscp))
-    return (sets[0], name, u32(class_id))
+        up, down = self._sets[len(key)][5:]
+        return ((up, key + UPLINK), (down, key[half:] + key[:half] + NUMBER.pack(place.device)))

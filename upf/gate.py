@@ -10,24 +10,24 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET, NFPROTO_NETDEV
+from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
 
 from controlplane.enforcement import (
     Binding,
     Enforced,
     EnforcementError,
-    Hold,
     Install,
     Move,
     Operation,
     Reconciliation,
     Usage,
 )
+from upf import fastpath
 from upf.config import GateConfig, GnbPort, QosPoint
-from upf.elements import Addition, Counters
-from upf.fastpath import PATH, UP, FastPath, FastPathError, Ports, ports
+from upf.elements import Addition
+from upf.fastpath import FastPath, FastPathError, Ports, Switch, ports, tag_of, unfit
 from upf.flows import (
     NO_LEASE,
     FlowState,
@@ -44,12 +44,14 @@ from upf.messages import SIGNATURE, batch
 from upf.nft_socket import BatchError, NftSocket
 from upf.paths import Paths
 from upf.ran import Ran
-from upf.readback import drop_counters, look_up, read_element, read_elements, table_comments
+from upf.readback import drop_counters, look_up, read_elements, table_comments
 from upf.schema import VERSION, Schema
 from upf.tables import FAMILIES, Table
-from upf.timed import GUARD_MS, NS_PER_MS, ElementName, TimedElements
+from upf.timed import GUARD_MS, NS_PER_MS, ElementName, TimedElements, Wanted
 
 log = logging.getLogger(__name__)
+
+ElementsOf = Callable[[bytes, FlowState], list[Wanted]]
 
 MAX_FLOWS = 1_000  # in a batch of a reconciliation
 # A kernel timeout this close to what the journal says is the same deadline.
@@ -57,7 +59,8 @@ SAME_DEADLINE_MS = 20
 
 
 def remove(netns_path: str) -> None:
-    """Delete the gate's tables in a namespace, if they are there: every lease closes at once."""
+    """Delete the gate in a namespace, if it is there: every lease closes at once."""
+    fastpath.remove(netns_path)
     with contextlib.closing(NftSocket(netns_path, in_place_renewal=False)) as handle:
         if there := table_comments(handle):
             handle.commit_messages(batch([Table(family).remove() for family in there]))
@@ -77,16 +80,17 @@ class Gate:
         gnbs: Sequence[GnbPort] = (),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """Open the gate's tables in a namespace, making them if they are not there.
+        """Open the gate's table in a namespace, making it if it is not there.
 
-        Tables made by the same version for the same configuration are adopted with their live
-        leases. Any others of that name are replaced: their leases close, and `reconcile` opens
-        again what the journal knows. `in_place_renewal`: whether adding an element that exists
-        renews its timeout (Linux 6.12 and later); otherwise it is deleted and added in one batch.
-        `fast_path`: leased datagrams are forwarded at ingress (`upf.fastpath`; the kernel needs
-        the `fwd` expression). `points`: where leases' QoS classes stand in this namespace
-        (`qos.install`); `gnbs`: those that are to be told of QoS flows, whose classes stand at
-        their own points. Raises EnforcementError or QosError for interfaces that are not there.
+        A table made by the same version for the same configuration is adopted with its live
+        leases. Any other of that name is replaced: its leases close, and `reconcile` opens again
+        what the journal knows. `in_place_renewal`: whether adding an element that exists renews
+        its timeout (Linux 6.12 and later); otherwise it is deleted and added in one batch.
+        `fast_path`: leased datagrams are forwarded at ingress (`upf.fastpath`), which the kernel
+        must be able to (`Features.tc_bpf`). `points`: where leases' QoS classes stand in this
+        namespace (`qos.install`); `gnbs`: those that are to be told of QoS flows, whose classes
+        stand at their own points. Raises EnforcementError or QosError for interfaces that are not
+        there.
         """
         self._config = config
         self._clock = clock
@@ -95,27 +99,38 @@ class Gate:
         self._flows: dict[bytes, FlowState] = {}  # by flow_key
         try:
             there = ports(netns_path, config) if fast_path else None
+            if there is not None and (why := unfit(config, there)):
+                log.warning("there is no fast path: %s", why)
+                there = None
         except FastPathError as error:
             raise EnforcementError(str(error)) from error
         self.comment = comment = fingerprint(config, there)
-        wanted = {NFPROTO_INET: comment}
-        if there is not None:
-            wanted[NFPROTO_NETDEV] = comment
+        self._fast: FastPath | None = None
         found = table_comments(self._socket)
-        adopted = found == wanted
+        adopted = found == {NFPROTO_INET: comment}
+        if adopted and there is not None:
+            self._fast = FastPath.adopt(netns_path, there, comment)
+            adopted = self._fast is not None
         classes: dict[str, int] = {}
         if adopted:
             self._flows, classes = adopted_flows(self._socket, config, self._clock())
             self._forget_holds()
         else:
+            fastpath.remove(netns_path)
             requests = [Table(family).remove() for family in found]
             requests += Schema(config).messages(comment)
-            if there is not None:
-                requests += FastPath(config, there).messages(comment)
             self._socket.commit_messages(batch(requests))
+            if there is not None:
+                try:
+                    self._fast = FastPath.make(netns_path, config, there, comment)
+                except FastPathError as error:
+                    raise EnforcementError(str(error)) from error
         everywhere = [*points, *(point for gnb in gnbs for point in gnb.points)]
         self._classes = LeaseClasses(everywhere, classes)
         self._elements = LeaseElements(config, self._classes.class_of, there)
+        if adopted and self._fast is not None:
+            flows = self._flows.items()
+            self._fast.sweep({one[:2] for flow in flows for one in self._elements.fast(*flow)})
         self._rans = [
             Ran(
                 gnb,
@@ -127,14 +142,15 @@ class Gate:
             for gnb in gnbs
         ]
         self.paths: Paths | None = None
-        if there is not None:
-            known = _paths(self._socket) if adopted else {}
-            self.paths = Paths(netns_path, config, there, self._socket, known)
+        if there is not None and self._fast is not None:
+            self.paths = Paths(netns_path, config, there, self._fast)
 
     def close(self) -> None:
         """Let go of the gate. Leases live on in the kernel until they expire."""
         if self.paths is not None:
             self.paths.close()
+        if self._fast is not None:
+            self._fast.close()
         for ran in self._rans:
             ran.close()
         self._classes.close()
@@ -154,13 +170,11 @@ class Gate:
                 key = flow_key(flow)
                 state = states.get(key) or held.get(key, NO_LEASE)
                 states[key] = next_state(operation, state, now)
-                if isinstance(operation, Hold) and not state.held_until_ns:
-                    states[key] = states[key]._replace(carried=self._carried(key, state))
         self._commit(states, now)
 
     def enforced(self) -> list[Enforced]:
         """Read every live lease back, by flow, with its usage in both directions."""
-        return enforced_leases(self._socket, self._config)
+        return enforced_leases(self._socket, self._config, self._fast)
 
     def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
         """Return what the kernel has counted so far on these leases' own elements, by lease id.
@@ -186,19 +200,11 @@ class Gate:
         ):
             if element is None or element.comment != comment:
                 continue
-            sums = counts.get(lease_id)
-            if sums is None:
-                sums = counts[lease_id] = [0, 0, 0, 0]
-            first = 0 if set_name.startswith(("steer", UP)) else 2
+            sums = counts.setdefault(lease_id, [0, 0, 0, 0])
+            first = 0 if set_name.startswith("steer") else 2
             sums[first] += element.packets
             sums[first + 1] += element.bytes
-        for binding in bindings:  # a hold has taken the fast path's element, and kept its counts
-            for flow in binding.flows:
-                state = self._flows.get(flow_key(flow), NO_LEASE)
-                sums = counts.get(binding.lease_id)
-                if state.binding == binding and state.held_until_ns and state.carried and sums:
-                    sums[0] += state.carried.packets
-                    sums[1] += state.carried.bytes
+        self._add_fast(bindings, counts)
         return {
             lease_id: Usage(
                 uplink_packets=sums[0],
@@ -301,13 +307,25 @@ class Gate:
             now,
         )
 
-    def _carried(self, key: bytes, state: FlowState) -> Counters | None:
-        """Return what the fast path has counted for a flow: a hold takes its element."""
-        name = self._elements.fast_uplink(key)
-        if name is None or state.binding is None:
-            return state.carried
-        found = read_element(self._socket, *name)
-        return state.carried if found is None else Counters(found.packets, found.bytes)
+    def _add_fast(self, bindings: Sequence[Binding], counts: dict[str, list[int]]) -> None:
+        """Add what the fast path has counted to the counts of leases that the gate has."""
+        if self._fast is None:
+            return
+        for binding in bindings:
+            if binding.lease_id not in counts:
+                continue
+            sums, tag = counts[binding.lease_id], tag_of(comment_of(binding))
+            for key in map(flow_key, binding.flows):
+                names = self._elements.fast_counting(key, binding)
+                for first, name in zip((0, 2), names, strict=False):
+                    entry = self._fast.get(name)
+                    if entry is not None and entry.tag == tag:
+                        sums[first] += entry.packets
+                        sums[first + 1] += entry.bytes
+                state = self._flows.get(key, NO_LEASE)
+                if state.binding == binding and state.held_until_ns and state.carried:
+                    sums[0] += state.carried.packets
+                    sums[1] += state.carried.bytes
 
     def turn_away(self, stem: str, keys: Iterable[bytes], for_ms: int) -> None:
         """Let the kernel drop what these flows send without a lease: `overflow` or `refused`.
@@ -345,7 +363,7 @@ class Gate:
 
         Raises EnforcementError, and changes nothing in the gate.
         """
-        held, elements_of = self._flows, self._elements.of
+        held = self._flows
         ended: set[str] = set()
         begun: list[tuple[Binding, Binding | None]] = []
         for key, state in states.items():
@@ -355,22 +373,46 @@ class Gate:
             if new is not None and new.qos.guaranteed:
                 begun.append((new, old))
         opened = self._classes.open(begun) if begun else []
+        switch: Switch | None = None
         try:
             self._tell_gnbs(held, states, now_ns)
-            pairs = []
-            for key, state in states.items():
-                current = held.get(key, NO_LEASE)
-                empty = current.binding is None and not current.draining
-                pairs.append(([] if empty else elements_of(key, current), elements_of(key, state)))
-            self._timed.change(pairs, now_ns)
+            if self._fast is not None:
+                switch = self._fast.begin(self._pairs(states, self._elements.fast))
+                states = self._carrying(states, switch)
+            self._timed.change(self._pairs(states, self._elements.of), now_ns)
         except (BatchError, OSError, EnforcementError) as error:
+            if switch is not None:
+                switch.undo()
             with contextlib.suppress(BatchError, OSError, EnforcementError):
                 self._tell_gnbs(states, {key: held.get(key, NO_LEASE) for key in states}, now_ns)
             self._classes.forget(opened)
             raise EnforcementError(str(error)) from error
+        if switch is not None:
+            switch.complete()
         held.update(states)
         if ended:
             self._classes.forget(ended - {binding.lease_id for binding, _ in begun})
+
+    def _pairs(
+        self, states: Mapping[bytes, FlowState], elements_of: ElementsOf
+    ) -> Iterator[tuple[list[Wanted], list[Wanted]]]:
+        """Yield what flows have now, and what they should have in these states."""
+        for key, state in states.items():
+            current = self._flows.get(key, NO_LEASE)
+            empty = current.binding is None and not current.draining
+            yield [] if empty else elements_of(key, current), elements_of(key, state)
+
+    def _carrying(
+        self, states: Mapping[bytes, FlowState], switch: Switch
+    ) -> dict[bytes, FlowState]:
+        """Note in flows whose hold begins what the fast path had counted: it takes its entry."""
+        carrying = dict(states)
+        for key, state in states.items():
+            if state.held_until_ns:
+                taken = switch.taken.get(self._elements.fast_uplink(key))
+                if taken is not None:
+                    carrying[key] = state._replace(carried=taken[1])
+        return carrying
 
     def _tell_gnbs(
         self, before: Mapping[bytes, FlowState], after: Mapping[bytes, FlowState], now_ns: int
@@ -399,12 +441,3 @@ def fingerprint(config: GateConfig, there: Ports | None) -> str:
     """Return what tells these tables from those of another version or configuration."""
     digest = hashlib.sha256(repr((VERSION, config, there)).encode()).hexdigest()[:16]
     return f"{SIGNATURE} {VERSION} {digest}"
-
-
-def _paths(socket: NftSocket) -> dict[bytes, bytes]:
-    """Return where an earlier process has left each UE."""
-    return {
-        element.key: element.data
-        for family in FAMILIES
-        for element in read_elements(socket, family.name(PATH))
-    }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from controlplane.enforcement import Binding, Enforced, QosFlow, Usage
 from upf.answers import Element
 from upf.config import GateConfig
-from upf.fastpath import DOWN, MARKED, UP
+from upf.fastpath import DOWN, UP, FastPath, tag_of
 from upf.flows import NO_LEASE, UNMARKED, FlowState, flow_of, parse_comment
 from upf.marking import Marking
 from upf.nft_socket import NftSocket
@@ -22,12 +22,16 @@ from upf.tables import FAMILIES, Family, ifname_key
 NS_PER_MS = 1_000_000
 
 
-def enforced_leases(socket: NftSocket, config: GateConfig) -> list[Enforced]:
+def enforced_leases(
+    socket: NftSocket, config: GateConfig, fast_path: FastPath | None
+) -> list[Enforced]:
     """Read every live lease back, by flow, with its usage in both directions."""
-    return [entry for family in FAMILIES for entry in _enforced(socket, config, family)]
+    return [entry for family in FAMILIES for entry in _enforced(socket, config, fast_path, family)]
 
 
-def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator[Enforced]:
+def _enforced(
+    socket: NftSocket, config: GateConfig, fast_path: FastPath | None, family: Family
+) -> Iterator[Enforced]:
     half = family.address_bytes
     counts: dict[tuple[bytes, bytes], list[int]] = {}  # flow and comment -> as in Usage
 
@@ -37,13 +41,21 @@ def _enforced(socket: NftSocket, config: GateConfig, family: Family) -> Iterator
         sums[first + 1] += element.bytes
 
     steered = read_elements(socket, family.name("steer"))
-    for element in (*steered, *read_elements(socket, family.name(UP))):
+    for element in steered:
         count(element, element.key, 0)
     for element in read_elements(socket, family.name("return")):
         count(element, element.key[: 2 * half], 2)
-    answers = [each for name in (DOWN, MARKED) for each in read_elements(socket, family.name(name))]
-    for element in answers:
-        count(element, element.key[half : 2 * half] + element.key[:half], 2)
+    if fast_path is not None:
+        by_tag = {(flow, tag_of(comment)): sums for (flow, comment), sums in counts.items()}
+        for stem, first in ((UP, 0), (DOWN, 2)):
+            for key, entry in fast_path.entries(family.name(stem)):
+                flow = key[:half] + key[half : 2 * half]
+                if stem == DOWN:
+                    flow = flow[half:] + flow[:half]
+                sums = by_tag.get((flow, entry.tag))
+                if sums is not None:
+                    sums[first] += entry.packets
+                    sums[first + 1] += entry.bytes
     alone = [each for each in read_elements(socket, family.name("qos")) if each.counted]
     for element in alone:
         count(element, element.key, 2)

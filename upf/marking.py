@@ -9,7 +9,7 @@ one from a register without writing the ECN bits beside it.
 import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyroute2.netlink.nfnetlink.nftsocket import NFT_MSG_NEWSETELEM
 
@@ -41,36 +41,24 @@ def encode_marking(class_id: int, dscp: int) -> bytes:
     return _DATA.pack(class_id, dscp)
 
 
-def marking_map(
-    table: Table, name: str, types: tuple[int, ...], length: int, **extra: Any
-) -> Message:
-    """Make a map to markings; `types` and `length` (bytes) are those of its key."""
-    extra.setdefault("flags", {"NFT_SET_MAP", "NFT_SET_TIMEOUT"})
+def qos_map(table: Table, family: Family, name: str) -> Message:
+    """Make the map from UE and server to their marking."""
     return table.set(
         name,
-        types,
-        length,
+        (family.address_type,) * 2,
+        2 * family.address_bytes,
+        flags={"NFT_SET_MAP", "NFT_SET_TIMEOUT"},
         NFTA_SET_DATA_TYPE=TYPE_CLASSID << 6 | TYPE_DSCP,
         NFTA_SET_DATA_LEN=_DATA.size,
-        **extra,
     )
 
 
-def qos_map(table: Table, family: Family, name: str) -> Message:
-    """Make the map from UE and server to their marking."""
-    return marking_map(table, name, (family.address_type,) * 2, 2 * family.address_bytes)
-
-
 def dscp_chains(
-    table: Table,
-    family: Family,
-    dscps: Sequence[int],
-    prefix: str = "",
-    then: Sequence[Expression] = (),
+    table: Table, family: Family, dscps: Sequence[int], prefix: str = ""
 ) -> Iterator[Message]:
     """Make a chain that writes each of these code points, and the map that names it.
 
-    `prefix`: of the map's name; `then`: what a chain does afterwards.
+    `prefix`: of the map's name.
     """
     name = f"{prefix}{family.name('dscp')}"
     yield table.set(
@@ -80,7 +68,7 @@ def dscp_chains(
     for dscp in dscps:
         chain = f"{family.name('dscp')}_{dscp}"
         yield table.chain(chain)
-        yield table.rule(chain, [*_write_dscp(family, dscp), *then])
+        yield table.rule(chain, _write_dscp(family, dscp))
         verdict = [("NFTA_VERDICT_CODE", nft.GOTO), ("NFTA_VERDICT_CHAIN", chain)]
         data = {"attrs": [("NFTA_DATA_VERDICT", {"attrs": verdict})]}
         elements.append({"attrs": [key_attribute(bytes([dscp])), ("NFTA_SET_ELEM_DATA", data)]})

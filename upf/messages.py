@@ -6,23 +6,16 @@ from pyroute2.netlink import NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUES
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
     NFPROTO_INET,
-    NFPROTO_NETDEV,
     nft_set_elem_list_msg,
 )
 
 SIGNATURE = "ai-paging gate"  # what the comment of a table of ours begins with
-TABLE = "aipaging"  # in the families inet (the gate) and netdev (its fast path)
+TABLE = "aipaging"  # the gate, in the family inet
 RAN_TABLE = "aipaging_ran"  # of a gNB
 RAN_PREFIX = "ran_"  # of the names of sets in it
-FAST_PREFIX = "fast_"  # of the names of sets in the netdev table
 NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END = 0x10, 0x11
 
 Message = Any  # pyroute2's message classes are untyped
-
-
-def family_of(set_name: str) -> int:
-    """Return the nftables family of the table that has this set."""
-    return int(NFPROTO_NETDEV if set_name.startswith(FAST_PREFIX) else NFPROTO_INET)
 
 
 def table_of(set_name: str) -> str:
@@ -52,7 +45,6 @@ def element_message(number: int, set_name: str, elements: list[dict[str, Any]]) 
     return message(
         nft_set_elem_list_msg,
         number,
-        family=family_of(set_name),
         NFTA_SET_ELEM_LIST_TABLE=table_of(set_name),
         NFTA_SET_ELEM_LIST_SET=set_name,
         NFTA_SET_ELEM_LIST_ELEMENTS=elements,

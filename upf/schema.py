@@ -41,7 +41,7 @@ from upf.tables import (
     within,
 )
 
-VERSION = 8
+VERSION = 9
 PAGING_REFUSED, PAGING_OVERFLOW = "paging_refused", "paging_overflow"
 DROP_REASONS = (
     *("no_lease_uplink", "no_lease_downlink"),

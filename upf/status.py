@@ -8,7 +8,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_INET
 
 from controlplane.enforcement import Enforced
 from upf.config import GateConfig
-from upf.fastpath import FastPathError, ports
+from upf.fastpath import FastPath, FastPathError, ports
 from upf.gate import fingerprint
 from upf.leases import enforced_leases
 from upf.nft_socket import NftSocket
@@ -42,11 +42,18 @@ def of_kernel(netns_path: str, config: GateConfig) -> dict[str, Any]:
     """
     with contextlib.closing(NftSocket(netns_path, in_place_renewal=False)) as handle:
         table = table_comments(handle).get(NFPROTO_INET)
-        possible = [fingerprint(config, None)]
+        enforced, fast_path = None, None
+        if table == fingerprint(config, None):
+            enforced = leases(enforced_leases(handle, config, None))
         with contextlib.suppress(FastPathError):  # an interface is not there
-            possible.append(fingerprint(config, ports(netns_path, config)))
+            there = ports(netns_path, config)
+            if table == fingerprint(config, there):
+                fast_path = FastPath.adopt(netns_path, there, table)
+                enforced = leases(enforced_leases(handle, config, fast_path))
+        if fast_path is not None:
+            fast_path.close()
         return {
             "table": table,
-            "enforced": leases(enforced_leases(handle, config)) if table in possible else None,
+            "enforced": enforced,
             "drops": {} if table is None else drop_counters(handle),
         }

@@ -1,6 +1,6 @@
 """Requests that make an nftables table: its sets, chains, rules and static elements."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
@@ -29,7 +29,7 @@ NFT_DATA_VERDICT = 0xFFFFFF00  # data type of verdict maps
 MOST_ELEMENTS = 256  # in one request
 
 # nftables' own numbers for data types, so that `nft list table` prints the sets readably.
-TYPE_MARK, TYPE_IFINDEX, TYPE_CLASSID, TYPE_IFNAME = 19, 20, 23, 41
+TYPE_MARK, TYPE_CLASSID, TYPE_IFNAME = 19, 23, 41
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +120,12 @@ class Table:
             **extra,
         )
 
-    def chain(
-        self, name: str, hook: tuple[int, int] | None = None, devices: Sequence[str] = ()
-    ) -> Message:
-        """Make a chain; a base chain has a hook (number, priority), in `netdev` with devices."""
+    def chain(self, name: str, hook: tuple[int, int] | None = None) -> Message:
+        """Make a chain; a base chain has a hook (number, priority)."""
         base: dict[str, Any] = {}
         if hook is not None:
             number, priority = hook
-            attributes: list[tuple[str, Any]] = [
-                ("NFTA_HOOK_HOOKNUM", number),
-                ("NFTA_HOOK_PRIORITY", priority),
-            ]
-            if devices:
-                names = [("NFTA_DEVICE_NAME", name) for name in devices]
-                attributes.append(("NFTA_HOOK_DEVS", {"attrs": names}))
+            attributes = [("NFTA_HOOK_HOOKNUM", number), ("NFTA_HOOK_PRIORITY", priority)]
             base = {
                 "NFTA_CHAIN_HOOK": {"attrs": attributes},
                 "NFTA_CHAIN_POLICY": nft.ACCEPT,

@@ -67,6 +67,6 @@ if __name__ == "__main__":
         sys.argv[1],
         config(),
         in_place_renewal=features.in_place_renewal,
-        fast_path=features.netdev_forward,
+        fast_path=features.tc_bpf,
     )
     uvloop.run(_serve(made, Path(sys.argv[2])))

@@ -100,7 +100,7 @@ def open_gate(
         upf.path,
         config,
         in_place_renewal=features.in_place_renewal,
-        fast_path=features.netdev_forward,
+        fast_path=features.tc_bpf,
     )
     undo.callback(gate.close)
     routing.install(upf.path, config)

@@ -148,7 +148,7 @@ def measure(
         "leases": {size.name: size.leases for size in sizes},
         "anchors": {size.name: size.anchors for size in sizes},
         "flows_without_packets": unused,
-        "fast_path": features.netdev_forward,
+        "fast_path": features.tc_bpf,
         "dropped_by_gate_packets": refused,
         "payload_bytes": PAYLOAD_BYTES,
         "cpu": cpu,

@@ -19,14 +19,15 @@ from upf.features import Features
 METHOD = """\
 Each figure is the wall time, in microseconds, of one call in this process that ends when the
 kernel has acknowledged. One COMMIT of one family is elements_per_commit elements with timeout and
-comment (steer, return, qos, and with a fast path fast_up and fast_down); dual-stack, twice as
-many. packed: upf.nft_socket.NftSocket.commit, from elements to
-acknowledgement. encode: the part of it that makes the bytes. gate:
-upf.gate.Gate.apply([Install]), with fencing and the flow's state. socket: the same by a gate in a
+comment (steer, return, qos); dual-stack, twice as many. packed: upf.nft_socket.NftSocket.commit,
+from elements to acknowledgement. encode: the part of it that makes the bytes. gate:
+upf.gate.Gate.apply([Install]), with fencing, the flow's state, and where there is a fast path
+entries_per_commit entries in the maps of its programs. socket: the same by a gate in a
 process of its own, asked over its Unix socket (upf.remote), until its answer is here. pyroute2: the
 same elements in pyroute2's message classes through AsyncNFTables.nlm_request_batch, in an event
 loop inside the namespace. nft_cli: `nft -f -`, with the start of the process. Batches: many leases
-in one transaction, per element (gate_batch: one Gate.apply; else sorted by set). Live leases, and
+in one transaction, per element (gate_batch: one Gate.apply, per element or entry; else sorted by
+set). Live leases, and
 those that are installed, are of one family (IPv4) where nothing else is said. All are interleaved
 in random order within each round, in turns of a few calls; garbage collection is off meanwhile."""
 
@@ -79,7 +80,7 @@ def measure(
     figures["ratios"] = _ratios(figures)
     figures["by_live_leases"] = by_live
     figures["elements_per_commit"] = benches[live[0]].elements_per_commit
-    figures["fast_path"] = features.netdev_forward
+    figures["entries_per_commit"] = benches[live[0]].entries_per_commit
     figures["nft_cli"] = "measured" if command_line else "skipped: no nft command"
     figures["method"] = METHOD
     return figures

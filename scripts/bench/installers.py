@@ -13,18 +13,16 @@ from collections.abc import Coroutine, Sequence
 from ipaddress import ip_address
 from typing import Any, Protocol
 
-from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_NETDEV, NFT_MSG_NEWSETELEM
+from pyroute2.netlink.nfnetlink.nftsocket import NFT_MSG_NEWSETELEM
 from pyroute2.netns import setns
 from pyroute2.nftables.main import AsyncNFTables
 
 from controlplane.enforcement import Binding
 from scripts.errors import UserError
-from upf import fastpath
 from upf.elements import MAX_ELEMENTS, Add
-from upf.fastpath import INDEX_BYTES
 from upf.flows import LeaseElements, flow_key, holding
 from upf.marking import Marking
-from upf.messages import TABLE, batch, element_message, family_of, key_attribute
+from upf.messages import TABLE, batch, element_message, key_attribute
 from upf.netns import in_namespace
 from upf.nft_socket import NftSocket
 
@@ -135,7 +133,7 @@ class CommandLineInstaller:
     def install(self, elements: Sequence[Add]) -> int:
         """Run the command; writing its input is not counted, starting it is."""
         text = "".join(
-            f"add element {_table(name)} {name} {{ {', '.join(map(_as_text, group))} }}\n"
+            f"add element inet {TABLE} {name} {{ {', '.join(map(_as_text, group))} }}\n"
             for name, group in grouped(elements)
         )
 
@@ -179,31 +177,19 @@ def _as_pyroute2(add: Add) -> dict[str, Any]:
     return {"attrs": attributes}
 
 
-def _table(set_name: str) -> str:
-    family = "netdev" if family_of(set_name) == NFPROTO_NETDEV else "inet"
-    return f"{family} {TABLE}"
-
-
 def _as_text(add: Add) -> str:
     size = 4 if add.set_name.endswith("4") else 16
     key = f"{ip_address(add.key[:size])} . {ip_address(add.key[size : 2 * size])}"
     port = add.key[2 * size :]
-    if len(port) == INDEX_BYTES:
-        key += f" . {_number(port)}"
-    elif port:
+    if port:
         key += f' . "{port.rstrip(bytes(1)).decode()}"'
     text = f'{key} timeout {add.timeout_ms}ms comment "{add.comment.decode()}"'
     match add.set_name[:-1]:
         case "steer":
             text += f" : {_number(add.data):#x}"
-        case "qos" | fastpath.MARKED:
+        case "qos":
             class_id, dscp = Marking.decode(add.data)
             text += f" : {class_id >> 16:x}:{class_id & 0xFFFF:x} . {dscp:#x}"
-        case fastpath.DOWN:
-            text += f" : {_number(add.data) >> 16:x}:{_number(add.data) & 0xFFFF:x}"
-        case fastpath.UP:
-            hop = add.data[INDEX_BYTES : INDEX_BYTES + size]
-            text += f" : {_number(add.data[:INDEX_BYTES])} . {ip_address(hop)}"
     return text
 
 

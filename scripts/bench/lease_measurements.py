@@ -20,7 +20,6 @@ from scripts.bench.installers import (
     commit_elements,
     grouped,
 )
-from upf import fastpath
 from upf.answers import Element
 from upf.config import GateConfig
 from upf.elements import Add, Delete, encode_batch
@@ -64,9 +63,9 @@ class LeaseMeasurements:
         undo.callback(chain.close)
         assert chain.gate is not None
         self.gate, namespace = chain.gate, chain.upf
-        ports = fastpath.ports(namespace.path, config()) if features.netdev_forward else None
-        self._lease_elements = LeaseElements(config(), LeaseClasses((), {}).class_of, ports)
+        self._lease_elements = LeaseElements(config(), LeaseClasses((), {}).class_of)
         self.elements_per_commit = len(self._elements(0))
+        self.entries_per_commit = 2 if features.tc_bpf else 0  # of the fast path: up, down
         self.packed = PackedInstaller(namespace.path)
         self.installers: dict[str, Installer] = {
             "packed": self.packed,
@@ -139,7 +138,7 @@ class LeaseMeasurements:
         self.gate.apply(installs)
         took_ns = time.perf_counter_ns() - begin_ns
         self.gate.apply([Revoke(lease) for lease in leases])
-        elements = len(leases) * self.elements_per_commit
+        elements = len(leases) * (self.elements_per_commit + self.entries_per_commit)
         return {"gate_batch_us_per_element": took_ns / 1e3 / elements}
 
     def _encode(self) -> dict[str, float]:

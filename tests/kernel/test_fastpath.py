@@ -23,12 +23,22 @@ from scapy.layers.inet import IP, UDP, IPOption
 from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt
 from scapy.packet import Packet, Raw
 
-from controlplane.enforcement import EndDrain, Install, Move, Revoke
-from upf import qos
+from controlplane.enforcement import (
+    EndDrain,
+    EnforcementError,
+    Install,
+    Move,
+    Renew,
+    Revoke,
+)
+from upf import fastpath, ingress, qos
 from upf.config import QosPoint
+from upf.elements import Counters
 from upf.features import probe
+from upf.flows import NO_LEASE, flow_key, next_state
 from upf.gate import remove
-from upf.readback import read_elements
+from upf.libbpf import BpfError
+from upf.nft_socket import BatchError
 
 pytestmark = [
     pytest.mark.kernel,
@@ -41,17 +51,18 @@ MS = 1_000_000
 @pytest.fixture
 def net() -> Iterator[Plane]:
     features = probe()
-    if not features.netdev_forward:
-        pytest.skip(f"no forwarding at ingress: {features.reasons['netdev_forward']}")
+    if not features.tc_bpf:
+        pytest.skip(f"no forwarding at ingress: {features.reasons['tc_bpf']}")
     with plane() as made:
         yield made
 
 
 def fast_packets(net: Plane, stem: str) -> int:
-    """Return how many packets leases have on their fast elements."""
-    socket = net.gate._socket
-    names = [f"{stem}4", f"{stem}6"]
-    return sum(each.packets for name in names for each in read_elements(socket, name))
+    """Return how many packets leases have on their entries in the fast path."""
+    fast_path = net.gate._fast
+    assert fast_path is not None
+    entries = [entry for version in "46" for _, entry in fast_path.entries(stem + version)]
+    return sum(entry.packets for entry in entries)
 
 
 def datagram(version: int) -> Packet:
@@ -82,7 +93,7 @@ def test_leased_datagrams_take_it_both_ways_and_are_counted_once(net: Plane, ver
     for _ in range(3):
         assert net.reaches(version) == "a"
         assert net.answers(version, "a")
-    assert fast_packets(net, "fast_up") == fast_packets(net, "fast_down") == 3
+    assert fast_packets(net, "up") == fast_packets(net, "down") == 3
     usage = net.gate.usage([lease])["lease"]
     assert (usage.uplink_packets, usage.downlink_packets) == (3, 3)
     assert sum(entry.usage.uplink_packets for entry in net.gate.enforced()) == 3
@@ -95,6 +106,7 @@ def test_leased_datagrams_take_it_both_ways_and_are_counted_once(net: Plane, ver
 UNUSUAL = {
     "no datagram": lambda p: p.__class__(src=p.src, dst=p.dst) / Raw(b"nothing"),
     "time is up": lambda p: _with(p, ttl=1, hlim=1),
+    "longer than its frame": lambda p: _with(p, len=200, plen=200),
     "options": lambda p: (
         _with(p, options=IPOption(b"\x07\x07\x04" + bytes(4)))
         if isinstance(p, IP)
@@ -116,7 +128,7 @@ def test_what_is_unusual_is_left_to_the_gate(net: Plane, version: int, case: str
     net.gate.apply([Install(net.binding("lease", 1, "a"))])
     send(net, UNUSUAL[case](datagram(version)))
     time.sleep(0.1)
-    assert fast_packets(net, "fast_up") == 0
+    assert fast_packets(net, "up") == 0
 
 
 @VERSIONS
@@ -133,7 +145,7 @@ def test_a_tagged_frame_is_no_packet_for_this_router(net: Plane, version: int) -
     for frame in frames:  # the last one is good: the control
         net.hosts["ue1"].run(lambda f=frame: L2Socket("radio").send(f / datagram(version)))
     assert heard(listeners) == "a"
-    assert fast_packets(net, "fast_up") == 1
+    assert fast_packets(net, "up") == 1
 
 
 @VERSIONS
@@ -153,13 +165,13 @@ def test_it_follows_the_route_to_a_ue(net: Plane, version: int) -> None:
     ):
         sender.sendto(b"y", (ue, PORT))
         assert receives(receiver)
-        assert fast_packets(net, "fast_down") == 2
+        assert fast_packets(net, "down") == 2
         with net.hosts["upf"].links() as links:
             links.route("del", family=FAMILY[version], dst=destination, gateway=other)
         net.gate.follow_routes()
         sender.sendto(b"y", (ue, PORT))
         assert not receives(receiver)
-    assert fast_packets(net, "fast_down") == 2
+    assert fast_packets(net, "down") == 2
 
 
 @VERSIONS
@@ -169,7 +181,7 @@ def test_its_packets_are_in_their_leases_class(net: Plane, version: int) -> None
     qos.install([point], {80: 68})
     net.gate.apply([Install(lease := replace(net.binding("lease", 1, "a"), qos=LOW_LATENCY))])
     assert net.marked(version) == (18, 1)
-    assert fast_packets(net, "fast_marked") == 1
+    assert fast_packets(net, "down") == 1
     assert net.gate.usage([lease])["lease"].downlink_packets == 1
     with net.hosts["upf"].links() as links:
         index = links.link_lookup(ifname="n3-1")[0]
@@ -186,7 +198,7 @@ def test_the_old_anchor_answers_through_it_until_the_drain_ends(net: Plane, vers
     net.gate.apply([Move(new, old, time.monotonic_ns() + 5_000 * MS)])
     assert net.reaches(version) == "b"
     assert net.answers(version, "a") and net.answers(version, "b")
-    assert fast_packets(net, "fast_down") == 2
+    assert fast_packets(net, "down") == 2
     net.gate.apply([EndDrain(old)])
     assert not net.answers(version, "a")
 
@@ -199,10 +211,102 @@ def test_a_new_process_adopts_it_and_removal_takes_it_away(net: Plane) -> None:
     net.gate = net.open_gate()
     assert net.gate.reconcile([lease]).adopted == ("lease",)
     assert net.reaches(4) == "a" and net.answers(4, "a")
-    assert fast_packets(net, "fast_up") == fast_packets(net, "fast_down") == 2
+    assert fast_packets(net, "up") == fast_packets(net, "down") == 2
     upf = net.hosts["upf"]
+    indices = fastpath.ports(upf.path, net.config).index.values()
+    ours = ingress.attached(upf.path, indices)
+    assert set(ours) == set(indices)
+    for program in ours.values():
+        program.close()
     remove(upf.path)
-    listed = upf.run(
-        lambda: subprocess.run(["nft", "list", "tables"], capture_output=True, text=True).stdout
-    )
-    assert listed == ""
+    assert ingress.attached(upf.path, indices) == {}
+    assert upf.run(lambda: command("nft list tables; tc qdisc show | grep -v noqueue")) == ""
+
+
+def command(line: str) -> str:
+    return subprocess.run(line, shell=True, capture_output=True, text=True).stdout
+
+
+def test_filters_of_others_stay_as_they_are(net: Plane) -> None:
+    upf = net.hosts["upf"]
+    match = "protocol all u32 match u32 0 0 flowid 1:1"
+    upf.run(lambda: command("tc qdisc add dev n3-1 clsact"))
+    upf.run(lambda: command(f"tc filter add dev n3-1 ingress {match}"))
+    net.gate.apply([Install(net.binding("lease", 1, "a"))])
+    assert net.reaches(4) == "a"
+    assert fast_packets(net, "up") == 1
+    remove(upf.path)
+    assert "u32" in upf.run(lambda: command("tc filter show dev n3-1 ingress"))
+
+
+@VERSIONS
+def test_an_entry_lets_nothing_through_past_its_deadline(net: Plane, version: int) -> None:
+    """With the gate out of the way: it knows no lease, the entries are put beside it."""
+    fast_path, lease = net.gate._fast, net.binding("lease", 1, "a")
+    assert fast_path is not None
+    key = flow_key(lease.flows[version == 6])
+    state = next_state(Install(lease), NO_LEASE, 0)
+    entries = net.gate._elements.fast(key, state)
+    for passes, until_ns in (
+        (True, time.monotonic_ns() + 60_000 * MS),
+        (False, time.monotonic_ns()),
+    ):
+        for name, place, data, comment, _, _ in entries:
+            fast_path.put((name, place, data, comment, until_ns, None), Counters(0, 0))
+        assert (net.reaches(version) == "a") is passes
+        assert net.answers(version, "a") is passes
+        assert fast_packets(net, "up") == fast_packets(net, "down") == passes
+
+
+def test_a_renewal_counts_on_and_a_refused_batch_changes_nothing(
+    net: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = net.binding("lease", 1, "a")
+    net.gate.apply([Install(lease)])
+    assert net.reaches(4) == "a" and net.answers(4, "a")
+    net.gate.apply([Renew(longer := replace(lease, expires_ns=lease.expires_ns + 60_000 * MS))])
+    assert net.reaches(4) == "a" and net.answers(4, "a")
+    assert fast_packets(net, "up") == fast_packets(net, "down") == 2
+
+    def refuse(*_: object) -> None:
+        raise BatchError(28, "the batch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(net.gate._timed, "change", refuse)
+        with pytest.raises(EnforcementError):
+            net.gate.apply([Revoke(longer)])
+    assert net.reaches(4) == "a" and net.answers(4, "a")
+    assert fast_packets(net, "up") == fast_packets(net, "down") == 3
+
+
+def test_a_new_process_sweeps_what_no_lease_covers(net: Plane) -> None:
+    fast_path, lease = net.gate._fast, net.binding("lease", 1, "a")
+    assert fast_path is not None
+    net.gate.apply([Install(lease)])
+    stale = net.binding("gone", 1, "b", ue=2)
+    for flow in stale.flows:
+        state = next_state(Install(stale), NO_LEASE, 0)
+        for wanted in net.gate._elements.fast(flow_key(flow), state):
+            fast_path.put(wanted, Counters(0, 0))
+    assert len(list(fast_path.entries("up4"))) == 2
+    net.gate.close()
+    net.gate = net.open_gate()
+    assert net.gate._fast is not None
+    for name in ("up4", "up6", "down4", "down6"):
+        assert len(list(net.gate._fast.entries(name))) == 1, name
+
+
+def test_where_there_is_no_room_the_gate_alone_carries_a_lease(
+    net: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast_path, lease = net.gate._fast, net.binding("lease", 1, "a")
+    assert fast_path is not None
+
+    def full(*_: object) -> None:
+        raise BpfError(7, "full")
+
+    monkeypatch.setattr(fast_path._maps["up4"], "put", full)
+    net.gate.apply([Install(lease)])
+    assert net.reaches(4) == "a" and net.answers(4, "a")
+    assert (fast_packets(net, "up"), fast_packets(net, "down")) == (0, 1)
+    assert net.gate.usage([lease])["lease"].uplink_packets == 1

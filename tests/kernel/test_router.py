@@ -62,7 +62,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         found = probe()  # so that each start need not
         with made.user_plane.open("a") as config:
             config.write(f"in_place_renewal: {str(found.in_place_renewal).lower()}\n")
-            config.write(f"fast_path: {str(found.netdev_forward).lower()}\n")
+            config.write(f"fast_path: {str(found.tc_bpf).lower()}\n")
         yield made
 
 

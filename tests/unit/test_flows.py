@@ -1,5 +1,6 @@
 """What the gate wants of the kernel keeps the invariants, whatever operations come."""
 
+import sys
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
@@ -20,10 +21,12 @@ from controlplane.enforcement import (
     StaleEpochError,
 )
 from controlplane.five_qi import qos_flow
-from upf.config import AnchorPort, GateConfig
+from upf.config import AnchorPort, Attachment, GateConfig
+from upf.fastpath import Ports
 from upf.flows import NO_LEASE, LeaseElements, comment_of, flow_key, next_state, parse_comment
 from upf.lease_classes import LeaseClasses
 from upf.marking import Marking
+from upf.timed import Wanted
 
 FLOW = Flow(IPv4Address("10.45.0.1"), IPv4Address("198.18.0.1"))
 FLOW6 = Flow(IPv6Address("fd00:45::1"), IPv6Address("fd00:a151::1"))
@@ -41,10 +44,12 @@ CONFIG = GateConfig(
         )
         for name, interface in PORTS.items()
     ),
-    attachments=(),
+    attachments=(Attachment("n3", FLOW.ue),),
 )
 GOLD, BEST_EFFORT = qos_flow(80, 0, 0, None, None), qos_flow(9, 0, 0, None, None)
-ELEMENTS = LeaseElements(CONFIG, LeaseClasses((), {}).class_of)
+INDEX = {"n3": 1, "n6-a": 2, "n6-bc": 3}
+THERE = Ports(INDEX, dict.fromkeys(INDEX, 1500), True)
+ELEMENTS = LeaseElements(CONFIG, LeaseClasses((), {}).class_of, THERE)
 
 
 def binding(
@@ -114,6 +119,25 @@ def test_every_element_belongs_to_a_lease_and_ends_with_it(
         assert all(held is None or drain[0].anchor != held.anchor for drain in state.draining)
         if isinstance(operation, Revoke):
             assert elements == []
+        check_fast(elements, ELEMENTS.fast(KEY, state))
+
+
+def check_fast(elements: list[Wanted], entries: list[Wanted]) -> None:
+    """The fast path has an entry just where the gate has an element, of the same lease."""
+    gate = {
+        ("up4" if name == "steer4" else "down4", INDEX.get(port(key), 0)): rest[-3:-1]
+        for name, key, *rest in elements
+        if name in ("steer4", "return4")
+    }
+    fast = {
+        (name, int.from_bytes(key[8:], sys.byteorder)): rest[-3:-1] for name, key, *rest in entries
+    }
+    assert fast == gate
+    assert len(fast) == len(entries)
+
+
+def port(key: bytes) -> str:
+    return key[len(KEY) :].rstrip(b"\0").decode()
 
 
 def test_a_drain_that_is_over_is_forgotten() -> None:
