@@ -277,12 +277,19 @@ class FastPath:
         for key, value in self._maps[name].items():
             yield key, Entry(*_LEASE.unpack_from(value))
 
-    def sweep(self, names: set[ElementName]) -> None:
-        """Delete what an earlier process left, but for these entries."""
+    def settle(self, wanted: Iterable[Wanted]) -> None:
+        """Delete what an earlier process left, but for these entries; set those that are missing.
+
+        A hold of that process, for one, has taken an entry, and is forgotten.
+        """
+        missing = {one[:2]: one for one in wanted}
         for each in FAMILIES:
             for name in (each.name(UP), each.name(DOWN)):
-                for key in [key for key, _ in self.entries(name) if (name, key) not in names]:
-                    self._maps[name].take(key)
+                for key in [key for key, _ in self.entries(name)]:
+                    if missing.pop((name, key), None) is None:
+                        self._maps[name].take(key)
+        for one in missing.values():
+            self.put(one, Counters(0, 0))
 
     def _fingerprint(self) -> bytes:
         value = self._maps[CONSTANTS].get(NUMBER.pack(0))

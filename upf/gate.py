@@ -27,12 +27,11 @@ from controlplane.enforcement import (
 from upf import fastpath
 from upf.config import GateConfig, GnbPort, QosPoint
 from upf.elements import Addition
-from upf.fastpath import FastPath, FastPathError, Ports, Switch, ports, tag_of, unfit
+from upf.fastpath import FastPath, FastPathError, Ports, Switch, ports, unfit
 from upf.flows import (
     NO_LEASE,
     FlowState,
     LeaseElements,
-    comment_of,
     flow_key,
     holding,
     next_state,
@@ -44,10 +43,11 @@ from upf.messages import SIGNATURE, batch
 from upf.nft_socket import BatchError, NftSocket
 from upf.paths import Paths
 from upf.ran import Ran
-from upf.readback import drop_counters, look_up, read_elements, table_comments
+from upf.readback import drop_counters, read_elements, table_comments
 from upf.schema import VERSION, Schema
 from upf.tables import FAMILIES, Table
-from upf.timed import GUARD_MS, NS_PER_MS, ElementName, TimedElements, Wanted
+from upf.timed import GUARD_MS, NS_PER_MS, TimedElements, Wanted
+from upf.usage import read_usage
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Gate:
         self._elements = LeaseElements(config, self._classes.class_of, there)
         if adopted and self._fast is not None:
             flows = self._flows.items()
-            self._fast.sweep({one[:2] for flow in flows for one in self._elements.fast(*flow)})
+            self._fast.settle([one for flow in flows for one in self._elements.fast(*flow)])
         self._rans = [
             Ran(
                 gnb,
@@ -179,41 +179,12 @@ class Gate:
     def usage(self, bindings: Sequence[Binding]) -> dict[str, Usage]:
         """Return what the kernel has counted so far on these leases' own elements, by lease id.
 
-        Without an anchor only downlink packets are counted. What a later lease of the same flow
-        counts is not reported for an earlier one; a lease that drains has its downlink only.
+        See `read_usage`. Raises EnforcementError.
         """
-        names: list[ElementName] = []
-        owners: list[tuple[str, bytes]] = []
-        for binding in bindings:
-            owner = (binding.lease_id, comment_of(binding))
-            for flow in binding.flows:
-                found = self._elements.counting(flow_key(flow), binding)
-                names += found
-                owners += [owner] * len(found)
-        counts: dict[str, list[int]] = {}  # uplink packets and bytes, downlink packets and bytes
         try:
-            elements = look_up(self._socket, names)
+            return read_usage(self._socket, self._elements, self._fast, self._flows, bindings)
         except (BatchError, OSError) as error:
             raise EnforcementError(str(error)) from error
-        for (lease_id, comment), (set_name, _), element in zip(
-            owners, names, elements, strict=True
-        ):
-            if element is None or element.comment != comment:
-                continue
-            sums = counts.setdefault(lease_id, [0, 0, 0, 0])
-            first = 0 if set_name.startswith("steer") else 2
-            sums[first] += element.packets
-            sums[first + 1] += element.bytes
-        self._add_fast(bindings, counts)
-        return {
-            lease_id: Usage(
-                uplink_packets=sums[0],
-                uplink_bytes=sums[1],
-                downlink_packets=sums[2],
-                downlink_bytes=sums[3],
-            )
-            for lease_id, sums in counts.items()
-        }
 
     def reconcile(self, live: Iterable[Binding]) -> Reconciliation:
         """Make the kernel hold exactly these bindings, with the time each has left."""
@@ -306,26 +277,6 @@ class Gate:
             },
             now,
         )
-
-    def _add_fast(self, bindings: Sequence[Binding], counts: dict[str, list[int]]) -> None:
-        """Add what the fast path has counted to the counts of leases that the gate has."""
-        if self._fast is None:
-            return
-        for binding in bindings:
-            if binding.lease_id not in counts:
-                continue
-            sums, tag = counts[binding.lease_id], tag_of(comment_of(binding))
-            for key in map(flow_key, binding.flows):
-                names = self._elements.fast_counting(key, binding)
-                for first, name in zip((0, 2), names, strict=False):
-                    entry = self._fast.get(name)
-                    if entry is not None and entry.tag == tag:
-                        sums[first] += entry.packets
-                        sums[first + 1] += entry.bytes
-                state = self._flows.get(key, NO_LEASE)
-                if state.binding == binding and state.held_until_ns and state.carried:
-                    sums[0] += state.carried.packets
-                    sums[1] += state.carried.bytes
 
     def turn_away(self, stem: str, keys: Iterable[bytes], for_ms: int) -> None:
         """Let the kernel drop what these flows send without a lease: `overflow` or `refused`.

@@ -279,7 +279,7 @@ def test_a_renewal_counts_on_and_a_refused_batch_changes_nothing(
     assert fast_packets(net, "up") == fast_packets(net, "down") == 3
 
 
-def test_a_new_process_sweeps_what_no_lease_covers(net: Plane) -> None:
+def test_a_new_process_has_the_entries_of_its_leases_and_no_others(net: Plane) -> None:
     fast_path, lease = net.gate._fast, net.binding("lease", 1, "a")
     assert fast_path is not None
     net.gate.apply([Install(lease)])
@@ -289,6 +289,7 @@ def test_a_new_process_sweeps_what_no_lease_covers(net: Plane) -> None:
         for wanted in net.gate._elements.fast(flow_key(flow), state):
             fast_path.put(wanted, Counters(0, 0))
     assert len(list(fast_path.entries("up4"))) == 2
+    fast_path._maps["up6"].take(flow_key(lease.flows[1]) + bytes(4))  # as a hold would
     net.gate.close()
     net.gate = net.open_gate()
     assert net.gate._fast is not None
