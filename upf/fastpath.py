@@ -44,12 +44,13 @@ EARLIER_NS = 25_000_000
 
 # As in bpf/fastpath.bpf.c.
 _LEASE = struct.Struct("=QQQQ")  # until_ns, packets, bytes, tag
-_PLACE = struct.Struct("=IIII")  # ue, class_id, dscp, device; then a neighbour's address
+_PLACE = struct.Struct("=III4s")  # ue, class_id, dscp, device; then a neighbour's address
 _HOP = struct.Struct("=I16s")
 _SETTINGS = struct.Struct("=III16s")
 NUMBER = struct.Struct("=I")
 _PAIR = struct.Struct("=II")  # UE, interface
 UPLINK = NUMBER.pack(0)  # in the place of an interface, in keys
+NO_COUNTS = Counters(0, 0)
 
 
 class FastPathError(Exception):
@@ -116,11 +117,16 @@ def tag_of(comment: bytes) -> int:
     return int.from_bytes(blake2b(comment, digest_size=8).digest())
 
 
-def encode_place(
-    ue: int, class_id: int = 0, dscp: int = 0, device: int = 0, neighbour: bytes = b""
-) -> bytes:
-    """Return the data of an entry: its UE, what its packets get, and where they go (uplink)."""
-    return _PLACE.pack(ue, class_id, dscp, device) + neighbour
+@lru_cache(maxsize=4_096)
+def encode_place(ue: int, class_id: int, dscp: int) -> bytes:
+    """Return the data of a downlink entry: its UE, and what its packets get."""
+    return _PLACE.pack(ue, class_id, dscp, bytes(4))
+
+
+@lru_cache(maxsize=4_096)
+def encode_way(ue: int, device: bytes, neighbour: bytes) -> bytes:
+    """Return the data of an uplink entry: its UE, and where its packets go."""
+    return _PLACE.pack(ue, 0, 0, device) + neighbour
 
 
 def encode_hop(device: int, neighbour: bytes) -> bytes:
@@ -231,12 +237,15 @@ class FastPath:
         """
         switch = Switch(self)
         for are, after in pairs:
+            if not are:
+                switch.opening += [(wanted, wanted[5] or NO_COUNTS) for wanted in after]
+                continue
             before = {is_[:2]: is_ for is_ in are}
             for wanted in after:
                 is_ = before.pop(wanted[:2], None)
                 if is_ == wanted:
                     continue
-                counters = wanted[5] or Counters(0, 0)
+                counters = wanted[5] or NO_COUNTS
                 if is_ is not None:
                     had = self._take(switch, is_)
                     if had is not None and is_[3] == wanted[3]:
@@ -289,7 +298,7 @@ class FastPath:
                     if missing.pop((name, key), None) is None:
                         self._maps[name].take(key)
         for one in missing.values():
-            self.put(one, Counters(0, 0))
+            self.put(one, NO_COUNTS)
 
     def _fingerprint(self) -> bytes:
         value = self._maps[CONSTANTS].get(NUMBER.pack(0))

@@ -25,7 +25,7 @@ from controlplane.enforcement import (
 from upf.config import GateConfig
 from upf.elements import Counters
 from upf.expressions import u32
-from upf.fastpath import DOWN, NUMBER, UP, UPLINK, Ports, encode_place, ue_numbers
+from upf.fastpath import DOWN, NUMBER, UP, UPLINK, Ports, encode_place, encode_way, ue_numbers
 from upf.marking import Marking, encode_marking
 from upf.tables import FAMILIES, IPV4, ifname_key
 from upf.timed import ElementName, Wanted
@@ -132,7 +132,7 @@ class _Place(NamedTuple):
 
     mark: bytes
     port: bytes  # interface, by name
-    device: int  # that interface, by index; 0: there is no fast path
+    device: bytes  # that interface, by index; 0: there is no fast path
     addresses: dict[int, bytes]  # length of a flow's key -> the anchor's own address
 
 
@@ -153,7 +153,7 @@ class LeaseElements:
             self._anchors[anchor.name] = _Place(
                 u32(config.mark(anchor.name)),
                 ifname_key(anchor.interface),
-                ports.index[anchor.interface] if ports else 0,
+                NUMBER.pack(ports.index[anchor.interface] if ports else 0),
                 {
                     2 * len(address.packed): address.packed
                     for address in (anchor.address4, anchor.address6)
@@ -221,29 +221,32 @@ class LeaseElements:
 
     def fast(self, key: bytes, state: FlowState) -> list[Wanted]:
         """Return the fast path's entries of a flow; no two have the same name."""
-        half = len(key) // 2
+        binding, half = state.binding, len(key) // 2
         ue = self._ue_numbers.get(key[:half])
         if ue is None:
             return []
         up, down = self._sets[len(key)][5:]
         answer = key[half:] + key[:half]  # as packets have it
-        entries: dict[ElementName, Wanted] = {}
         # Of one flow the packets of all anchors are marked alike.
-        class_id, dscp = UNMARKED if state.binding is None else self.marking(state.binding)
-        data = encode_place(ue, class_id, dscp)
-        binding = state.binding
-        live = () if binding is None or binding.anchor is None else ((binding, binding.expires_ns),)
-        for one, until_ns in (*state.draining, *live):  # anchors may share an interface
-            assert one.anchor is not None
-            name = (down, answer + NUMBER.pack(self._anchors[one.anchor].device))
-            entries[name] = (*name, data, comment_of(one), until_ns, None)
-        if live and not state.held_until_ns:  # what is held must not get past the queue
-            assert binding is not None and binding.anchor is not None
-            place = self._anchors[binding.anchor]
-            name = (up, key + UPLINK)
-            out = encode_place(ue, device=place.device, neighbour=place.addresses[len(key)])
-            entries[name] = (*name, out, comment_of(binding), binding.expires_ns, state.carried)
-        return list(entries.values())
+        data = encode_place(ue, *(UNMARKED if binding is None else self.marking(binding)))
+        entries: list[Wanted] = []
+        live_device = b""
+        if binding is not None and binding.anchor is not None:
+            place, comment = self._anchors[binding.anchor], comment_of(binding)
+            live_device, until_ns = place.device, binding.expires_ns
+            entries.append((down, answer + live_device, data, comment, until_ns, None))
+            if not state.held_until_ns:  # what is held must not get past the queue
+                out = encode_way(ue, live_device, place.addresses[len(key)])
+                entries.append((up, key + UPLINK, out, comment, until_ns, state.carried))
+        if not state.draining:
+            return entries
+        drains: dict[bytes, Wanted] = {}  # anchors may share an interface
+        for old, until_ns in state.draining:
+            assert old.anchor is not None
+            device = self._anchors[old.anchor].device
+            if device != live_device:
+                drains[device] = (down, answer + device, data, comment_of(old), until_ns, None)
+        return [*entries, *drains.values()]
 
     def hold(self, key: bytes) -> str:
         """Return the name of the set that holds a flow's uplink."""
@@ -272,4 +275,4 @@ class LeaseElements:
         if place is None or key[:half] not in self._ue_numbers:
             return ()
         up, down = self._sets[len(key)][5:]
-        return ((up, key + UPLINK), (down, key[half:] + key[:half] + NUMBER.pack(place.device)))
+        return ((up, key + UPLINK), (down, key[half:] + key[:half] + place.device))

@@ -358,7 +358,7 @@ class Gate:
     ) -> dict[bytes, FlowState]:
         """Note in flows whose hold begins what the fast path had counted: it takes its entry."""
         carrying = dict(states)
-        for key, state in states.items():
+        for key, state in states.items() if switch.taken else ():
             if state.held_until_ns:
                 taken = switch.taken.get(self._elements.fast_uplink(key))
                 if taken is not None:
