@@ -170,8 +170,9 @@ class FastPath:
         """
         if not PROGRAM.exists():
             raise FastPathError(f"{PROGRAM} was not built: run scripts/setup")
+        numbers = ue_numbers(config)
         places = {
-            (ue_numbers(config)[place.address.packed], there.index[place.interface])
+            (numbers[place.address.packed], there.index[place.interface])
             for place in config.attachments
         }
         n3, n6 = config.n3_interfaces, n6_interfaces(config)
@@ -184,7 +185,7 @@ class FastPath:
         )
         try:
             with libbpf.Object(PROGRAM) as found:
-                found.size(UES, max(1, len(ue_numbers(config))))
+                found.size(UES, max(1, len(numbers)))
                 found.size(ACCESS, max(1, len(places)))
                 found.set_constants(constants)
                 found.load()
