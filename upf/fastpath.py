@@ -21,13 +21,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
+
+from pyroute2 import IPRoute
 
 from upf import ingress, libbpf
 from upf.config import GateConfig
 from upf.elements import Counters
 from upf.libbpf import BpfError, Map, NoLibraryError, Program
-from upf.netns import route_socket
+from upf.netns import in_namespace
 from upf.tables import FAMILIES
 from upf.timed import ElementName, Wanted
 
@@ -78,8 +80,7 @@ class Entry(NamedTuple):
 def ports(netns_path: str, config: GateConfig) -> Ports:
     """Look the interfaces of N3 and N6 up. Raises FastPathError if one does not do."""
     wanted = dict.fromkeys((*config.n3_interfaces, *n6_interfaces(config)))
-    with route_socket(netns_path) as routes:
-        found = {link.get_attr("IFLA_IFNAME"): link for link in routes.get_links()}
+    found = {link.get_attr("IFLA_IFNAME"): link for link in in_namespace(netns_path, _links)}
     missing = [name for name in wanted if name not in found]
     if missing:
         raise FastPathError(f"there is no interface {', '.join(missing)}")
@@ -88,6 +89,11 @@ def ports(netns_path: str, config: GateConfig) -> Ports:
         mtu_bytes={name: int(found[name].get_attr("IFLA_MTU")) for name in wanted},
         ethernet=all(found[name]["ifi_type"] == ETHERNET for name in wanted),
     )
+
+
+def _links() -> list[Any]:
+    with IPRoute() as routes:
+        return list(routes.get_links())
 
 
 def unfit(config: GateConfig, there: Ports) -> str:

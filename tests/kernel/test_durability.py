@@ -20,6 +20,7 @@ from contextlib import ExitStack, closing, suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -42,7 +43,8 @@ from controlplane.sqlite_outbox import SqliteOutbox
 from controlplane.sqlite_store import SqliteStore
 from controlplane.store import Write
 from controlplane.verification import verify_log
-from upf.config import AnchorPort, GateConfig
+from upf.config import AnchorPort, Attachment, GateConfig
+from upf.fastpath import tag_of
 from upf.features import probe
 from upf.gate import Gate
 from upf.local import LocalUserPlane
@@ -54,7 +56,8 @@ KILLS = int(os.environ.get("AIPAGING_TEST_KILLS", "36"))
 # Where it kills itself; "random" is killed from outside.
 POINTS = (
     *("before write", "in transaction", "before commit", "after write"),
-    *("before kernel", "after kernel", "before answer", "random", "random"),
+    *("before kernel", "before gate", "after gate", "after kernel"),
+    *("before answer", "random", "random"),
 )
 SERIES = 18  # kills of one control plane
 UES = 24
@@ -91,7 +94,11 @@ GATE = GateConfig(
         )
         for number, name in enumerate(ANCHORS, start=1)
     ),
-    attachments=(),
+    attachments=tuple(
+        Attachment("n3", ue(n))
+        for n in range(1, UES + 1)
+        for ue in (lambda n: IPv4Address(f"10.45.0.{n}"), lambda n: IPv6Address(f"fd00:45::{n:x}"))
+    ),
 )
 SUBSCRIBERS = [
     Subscriber(f"ue{n}", IPv4Address(f"10.45.0.{n}"), IPv6Address(f"fd00:45::{n:x}"), "gnb1")
@@ -158,9 +165,17 @@ class FusedPlane(LocalUserPlane):
 
 def service(folder: Path, netns: str, undo: ExitStack, fuse: Fuse) -> Service:
     """Put a control plane together over what is left of the one before."""
-    gate = undo.enter_context(
-        closing(Gate(netns, GATE, in_place_renewal=probe_once().in_place_renewal))
-    )
+    features = probe_once()
+    gate = Gate(netns, GATE, in_place_renewal=features.in_place_renewal, fast_path=features.tc_bpf)
+    undo.enter_context(closing(gate))
+    change = gate._timed.change
+
+    def fused(*arguments: Any) -> None:
+        fuse.at("before gate")
+        change(*arguments)
+        fuse.at("after gate")
+
+    undo.enter_context(patch.object(gate._timed, "change", fused))
     store = undo.enter_context(closing(FusedStore(folder / "control.db")))
     plane = FusedPlane(gate)
     store.fuse = plane.fuse = fuse
@@ -274,7 +289,9 @@ def inspect(folder: Path, netns: str, unanswered: dict[str, str], told: int) -> 
             made = service(folder, netns, undo, Fuse("never", 1))
             async with made.running() as plane:
                 ledger = plane.controller.ledger
-                enforced = {(await_.lease_id, await_.anchor) for await_ in gate_of(made)}
+                gate = gate_of(made)
+                enforced = {(entry.lease_id, entry.anchor) for entry in gate.enforced()}
+                fast, wanted = fast_of(gate)
                 committed = {
                     (held.terms.lease_id, held.terms.anchor)
                     for held in ledger.live()
@@ -289,6 +306,8 @@ def inspect(folder: Path, netns: str, unanswered: dict[str, str], told: int) -> 
                 {
                     "enforced": sorted(enforced),
                     "committed": sorted(committed),
+                    "fast": fast,
+                    "wanted of fast": wanted,
                     "retried": sessions,
                 }
             )
@@ -300,10 +319,20 @@ def inspect(folder: Path, netns: str, unanswered: dict[str, str], told: int) -> 
     asyncio.run(look())
 
 
-def gate_of(made: Service) -> list[Any]:
+def gate_of(made: Service) -> Gate:
     enforcer = made.plane.controller.enforcer
     assert isinstance(enforcer, FusedPlane)
-    return enforcer._gate.enforced()
+    return enforcer._gate
+
+
+def fast_of(gate: Gate) -> tuple[list[int], list[int]]:
+    """Return of which leases the fast path has uplink entries, and of which it should."""
+    fast_path, leases = gate._fast, gate.enforced()
+    if fast_path is None:
+        return [], []
+    tags = [entry.tag for name in ("up4", "up6") for _, entry in fast_path.entries(name)]
+    wanted = [tag_of(f"{entry.lease_id} {entry.epoch}".encode()) for entry in leases]
+    return sorted(tags), sorted(wanted)
 
 
 def answers(read: int, child: int, until_s: float, kill_after_s: float | None) -> Iterator[Any]:
@@ -337,6 +366,7 @@ def check(folder: Path, told: list[Any], earlier: dict[str, str]) -> None:
     found = json.loads((folder / "found.json").read_text())
     # The kernel holds what the ledger says, both families of each lease, and nothing else.
     assert found["enforced"] == found["committed"]
+    assert found["fast"] == found["wanted of fast"]
     codec, granted, ended = Codec(UTC_CLOCK), set(), set()
     prepared: dict[str, Prepared] = {}
     at: dict[str, int] = {}
@@ -385,12 +415,21 @@ def check(folder: Path, told: list[Any], earlier: dict[str, str]) -> None:
         assert earlier.setdefault(key, session) == session
 
 
+def wire(namespace: Namespace) -> None:
+    """Make the interfaces that the gate is told of."""
+    with namespace.links() as links:
+        for name in ("n3", "n6-1", "n6-2"):
+            links.link("add", ifname=name, kind="veth", peer=f"{name}-far")
+            links.link("set", index=links.link_lookup(ifname=name)[0], state="up")
+
+
 def kill_again_and_again(tmp_path: Path, numbers: range, died: Counter[str]) -> tuple[int, int]:
     """Kill one control plane so many times; return how many grants and releases were kept."""
     chance = random.Random(numbers.start)
     told: list[Any] = []
     keys: dict[str, str] = {}
     with Namespace() as namespace:
+        wire(namespace)
         for number in numbers:
             point = POINTS[number % len(POINTS)]
             fuse = Fuse(point, chance.randint(1, 60))
@@ -444,5 +483,5 @@ def test_a_store_that_lies_is_found_out(
     probe_once()
     monkeypatch.setitem(globals(), "LAZY", [True])
     with pytest.raises(AssertionError):
-        kill_again_and_again(tmp_path, range(7, 9), Counter())  # at random
+        kill_again_and_again(tmp_path, range(9, 11), Counter())  # at random
     assert "StoreError" in capfd.readouterr().err  # it did not start again over what is missing
