@@ -16,7 +16,7 @@ hook do not see what goes this way.
 import logging
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -190,7 +190,7 @@ class FastPath:
             _digest(fingerprint),
         )
         try:
-            with libbpf.Object(PROGRAM) as found:
+            with closing(libbpf.Object(PROGRAM)) as found:
                 found.size(UES, max(1, len(numbers)))
                 found.size(ACCESS, max(1, len(places)))
                 found.set_constants(constants)

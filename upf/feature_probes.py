@@ -11,6 +11,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -215,7 +216,7 @@ def _tc_bpf() -> None:
     index = _add_link("ingress0", "veth", peer="ingress1")
     if not fastpath.PROGRAM.exists():
         raise RuntimeError(f"{fastpath.PROGRAM.name} was not built: run scripts/setup")
-    with libbpf.Object(fastpath.PROGRAM) as found:
+    with closing(libbpf.Object(fastpath.PROGRAM)) as found:
         found.load()
         for name in (fastpath.N3, fastpath.N6):
             found.program(name).attach(index)

@@ -332,8 +332,8 @@ class Gate:
                 states = self._carrying(states, switch)
             self._timed.change(self._pairs(states, self._elements.of), now_ns)
         except (BatchError, OSError, EnforcementError) as error:
-            if switch is not None:
-                switch.undo()
+            if switch is not None and not isinstance(error, EnforcementError):
+                switch.undo()  # else the gate has failed closed, and is not to be gone around
             with contextlib.suppress(BatchError, OSError, EnforcementError):
                 self._tell_gnbs(states, {key: held.get(key, NO_LEASE) for key in states}, now_ns)
             self._classes.forget(opened)

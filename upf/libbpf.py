@@ -10,8 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 LIBRARY = "libbpf.so.1"
 BATCH = 4_096  # entries read with one call
@@ -132,19 +131,22 @@ class Map:
             )
             if result not in (0, -errno.ENOENT):
                 _check(result, f"cannot read {self.name}")
-            for number in range(count.value):
-                key_at, value_at = number * self.key_bytes, number * self.value_bytes
-                yield (
-                    keys.raw[key_at : key_at + self.key_bytes],
-                    values.raw[value_at : value_at + self.value_bytes],
-                )
+            yield from zip(
+                _pieces(keys.raw, self.key_bytes, count.value),
+                _pieces(values.raw, self.value_bytes, count.value),
+                strict=True,
+            )
             if result:
                 return
             begun = True
 
 
+def _pieces(data: bytes, size: int, count: int) -> Iterator[bytes]:
+    return (data[start : start + size] for start in range(0, size * count, size))
+
+
 class Object:
-    """A compiled file of programs and maps, to be loaded and attached; closed by `with`."""
+    """A compiled file of programs and maps, to be loaded and attached."""
 
     def __init__(self, path: Path) -> None:
         """Open the file. Raises BpfError."""
@@ -153,15 +155,7 @@ class Object:
         if not self._object:
             raise BpfError(errno.ENOENT, f"{path} cannot be opened as a BPF object")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Let go. What is attached stays, and so do its maps."""
         self._library.bpf_object__close(self._object)
 

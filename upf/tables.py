@@ -72,7 +72,7 @@ def within(
 
 @dataclass(slots=True)
 class Table:
-    """Builds requests about a table of ours in one nftables family (`inet`, `netdev`)."""
+    """Builds requests about a table of ours in one nftables family."""
 
     family: int  # NFPROTO_INET or NFPROTO_NETDEV
     name: str = TABLE
