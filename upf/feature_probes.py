@@ -215,7 +215,8 @@ def _tc_bpf() -> None:
     """Load the fast path's programs, which verifies them, and attach them to an interface."""
     index = _add_link("ingress0", "veth", peer="ingress1")
     if not fastpath.PROGRAM.exists():
-        raise RuntimeError(f"{fastpath.PROGRAM.name} was not built: run scripts/setup")
+        why = f"{fastpath.PROGRAM.name} was not built: run scripts/setup"
+        raise FileNotFoundError(errno.ENOENT, why)
     with closing(libbpf.Object(fastpath.PROGRAM)) as found:
         found.load()
         for name in (fastpath.N3, fastpath.N6):

@@ -13,7 +13,7 @@ from controlplane.five_qi import DSCPS, qos_flow
 from upf import routing
 from upf.buffering import PacketBuffer
 from upf.config import AnchorPort, Attachment, GateConfig, PacketQueue, QosPoint
-from upf.features import probe
+from upf.features import Features, probe
 from upf.gate import Gate
 from upf.netns import Namespace, connect
 from upf.parking import ParkingLimits
@@ -34,9 +34,13 @@ SHARED_CLASS = ROOT | 80
 
 
 @functools.cache
+def features() -> Features:
+    return probe()
+
+
 def packet_queue() -> PacketQueue | None:
     """Return how packets can wait on this kernel; None: they cannot."""
-    return probe().packet_queue()
+    return features().packet_queue()
 
 
 class Plane:
@@ -47,7 +51,7 @@ class Plane:
     ) -> None:
         """`subscribed`: UE 1 has a subscription to the service, and packets can wait."""
         self.in_place_renewal = in_place_renewal
-        self.fast_path = fast_path
+        self.fast_path = fast_path and features().tc_bpf
         self.points: list[QosPoint] = []  # of gates opened from now on
         self.hosts = {name: Namespace() for name in ("ue1", "ue2", "upf", "a", "b")}
         self.config = GateConfig(
