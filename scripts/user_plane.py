@@ -42,7 +42,8 @@ REMOVE_OPTION = click.option(  # of whatever brings a user plane about
     "--remove",
     "only_remove",
     is_flag=True,
-    help="Take away what an earlier run left in the kernel (table, rules, qdiscs), and end.",
+    help="Take away what an earlier run left in the kernel (table, programs, rules, qdiscs), "
+    "and end.",
 )
 
 Mbps = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]

@@ -99,24 +99,8 @@ class SpoofGuard:
 def _install(allowed: Mapping[str, Iterable[Address]]) -> None:
     messages = [
         _message(nft_table_msg, NFT_MSG_NEWTABLE, name=_TABLE),
-        _message(
-            nft_chain_msg,
-            NFT_MSG_NEWCHAIN,
-            table=_TABLE,
-            name=_CHAIN,
-            type="filter",
-            hook=_attributes(NFTA_HOOK_HOOKNUM=_PREROUTING, NFTA_HOOK_PRIORITY=_BEFORE_ALL_ELSE),
-            policy=_ACCEPT,
-        ),
-        _message(
-            nft_chain_msg,
-            NFT_MSG_NEWCHAIN,
-            table=_TABLE,
-            name=_OUT_CHAIN,
-            type="filter",
-            hook=_attributes(NFTA_HOOK_HOOKNUM=_POSTROUTING, NFTA_HOOK_PRIORITY=_BEFORE_ALL_ELSE),
-            policy=_ACCEPT,
-        ),
+        _base_chain(_CHAIN, _PREROUTING),
+        _base_chain(_OUT_CHAIN, _POSTROUTING),
         _message(
             nft_set_msg,
             NFT_MSG_NEWSET,
@@ -210,6 +194,18 @@ def _protocol_is(ether_type: bytes) -> tuple[Any, Any]:
     return (
         genex("meta", {"key": _META_PROTOCOL, "dreg": _REGISTER_1}),
         genex("cmp", {"sreg": _REGISTER_1, "op": 0, "data": data}),
+    )
+
+
+def _base_chain(name: str, hook: int) -> Any:
+    return _message(
+        nft_chain_msg,
+        NFT_MSG_NEWCHAIN,
+        table=_TABLE,
+        name=name,
+        type="filter",
+        hook=_attributes(NFTA_HOOK_HOOKNUM=hook, NFTA_HOOK_PRIORITY=_BEFORE_ALL_ELSE),
+        policy=_ACCEPT,
     )
 
 

@@ -46,7 +46,7 @@ EARLIER_NS = 25_000_000
 
 # As in bpf/fastpath.bpf.c.
 _LEASE = struct.Struct("=QQQQ")  # until_ns, packets, bytes, tag
-_PLACE = struct.Struct("=III4s")  # ue, class_id, dscp, device; then a neighbour's address
+_TO = struct.Struct("=III4s")  # ue, class_id, dscp, device; then a neighbour's address
 _HOP = struct.Struct("=I16s")
 _SETTINGS = struct.Struct("=III16s")
 NUMBER = struct.Struct("=I")
@@ -78,7 +78,7 @@ class Entry(NamedTuple):
 
 
 def ports(netns_path: str, config: GateConfig) -> Ports:
-    """Look the interfaces of N3 and N6 up. Raises FastPathError if one does not do."""
+    """Look the interfaces of N3 and N6 up. Raises FastPathError if one is missing."""
     wanted = dict.fromkeys((*config.n3_interfaces, *n6_interfaces(config)))
     found = {link.get_attr("IFLA_IFNAME"): link for link in in_namespace(netns_path, _links)}
     missing = [name for name in wanted if name not in found]
@@ -124,15 +124,15 @@ def tag_of(comment: bytes) -> int:
 
 
 @lru_cache(maxsize=4_096)
-def encode_place(ue: int, class_id: int, dscp: int) -> bytes:
+def encode_down(ue: int, class_id: int, dscp: int) -> bytes:
     """Return the data of a downlink entry: its UE, and what its packets get."""
-    return _PLACE.pack(ue, class_id, dscp, bytes(4))
+    return _TO.pack(ue, class_id, dscp, bytes(4))
 
 
 @lru_cache(maxsize=4_096)
-def encode_way(ue: int, device: bytes, neighbour: bytes) -> bytes:
+def encode_up(ue: int, device: bytes, neighbour: bytes) -> bytes:
     """Return the data of an uplink entry: its UE, and where its packets go."""
-    return _PLACE.pack(ue, 0, 0, device) + neighbour
+    return _TO.pack(ue, 0, 0, device) + neighbour
 
 
 def encode_hop(device: int, neighbour: bytes) -> bytes:
@@ -140,7 +140,7 @@ def encode_hop(device: int, neighbour: bytes) -> bytes:
     return _HOP.pack(device, neighbour)
 
 
-class Switch:
+class EntryChange:
     """A change of leases' entries around one of the gate: what ends went before it."""
 
     def __init__(self, fast_path: "FastPath") -> None:
@@ -170,7 +170,7 @@ class FastPath:
 
     @classmethod
     def make(cls, netns_path: str, config: GateConfig, there: Ports, fingerprint: str) -> Self:
-        """Load the programs and attach them, in the place of any others of ours.
+        """Load the programs and attach them; others of ours were removed before.
 
         Raises FastPathError: they were not built, or the kernel refuses them.
         """
@@ -214,18 +214,12 @@ class FastPath:
         """Open the programs that an earlier process made for the same configuration, if any."""
         wanted = set(there.index.values())
         try:
-            found = ingress.attached(netns_path, wanted)
-        except BpfError:
+            with ingress.attached(netns_path, wanted) as found:
+                if {index for index, _ in found} != wanted:
+                    return None
+                adopted = cls(_all_maps(program for _, program in found))
+        except (BpfError, KeyError):
             return None
-        with ExitStack() as programs:
-            for program in found.values():
-                programs.callback(program.close)
-            if set(found) != wanted:
-                return None
-            try:
-                adopted = cls(_all_maps(found.values()))
-            except (BpfError, KeyError):
-                return None
         if adopted._fingerprint() != _digest(fingerprint):
             adopted.close()
             return None
@@ -236,16 +230,16 @@ class FastPath:
         for opened in self._maps.values():
             opened.close()
 
-    def begin(self, pairs: Iterable[tuple[list[Wanted], list[Wanted]]]) -> Switch:
+    def begin(self, pairs: Iterable[tuple[list[Wanted], list[Wanted]]]) -> EntryChange:
         """Begin to change entries from what is to what should be, by flow; the gate is next.
 
         From now on the gate alone carries those that end or change. A lease that keeps its entry
         counts on from where it was.
         """
-        switch = Switch(self)
+        change = EntryChange(self)
         for are, after in pairs:
             if not are:
-                switch.opening += [(wanted, wanted[5] or NO_COUNTS) for wanted in after]
+                change.opening += [(wanted, wanted[5] or NO_COUNTS) for wanted in after]
                 continue
             before = {is_[:2]: is_ for is_ in are}
             for wanted in after:
@@ -254,21 +248,21 @@ class FastPath:
                     continue
                 counters = wanted[5] or NO_COUNTS
                 if is_ is not None:
-                    had = self._take(switch, is_)
+                    had = self._take(change, is_)
                     if had is not None and is_[3] == wanted[3]:
                         counters = had
-                switch.opening.append((wanted, counters))
+                change.opening.append((wanted, counters))
             for is_ in before.values():
-                self._take(switch, is_)
-        return switch
+                self._take(change, is_)
+        return change
 
-    def _take(self, switch: Switch, is_: Wanted) -> Counters | None:
+    def _take(self, change: EntryChange, is_: Wanted) -> Counters | None:
         value = self._maps[is_[0]].take(is_[1])
         if value is None:
             return None
         _, packets, octets, _ = _LEASE.unpack_from(value)
         counters = Counters(packets, octets)
-        switch.taken[is_[:2]] = (is_, counters)
+        change.taken[is_[:2]] = (is_, counters)
         return counters
 
     def put(self, wanted: Wanted, counters: Counters) -> None:

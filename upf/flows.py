@@ -25,7 +25,7 @@ from controlplane.enforcement import (
 from upf.config import GateConfig
 from upf.elements import Counters
 from upf.expressions import u32
-from upf.fastpath import DOWN, NUMBER, UP, UPLINK, Ports, encode_place, encode_way, ue_numbers
+from upf.fastpath import DOWN, NUMBER, UP, UPLINK, Ports, encode_down, encode_up, ue_numbers
 from upf.marking import Marking, encode_marking
 from upf.tables import FAMILIES, IPV4, ifname_key
 from upf.timed import ElementName, Wanted
@@ -228,7 +228,7 @@ class LeaseElements:
         up, down = self._sets[len(key)][5:]
         answer = key[half:] + key[:half]  # as packets have it
         # Of one flow the packets of all anchors are marked alike.
-        data = encode_place(ue, *(UNMARKED if binding is None else self.marking(binding)))
+        data = encode_down(ue, *(UNMARKED if binding is None else self.marking(binding)))
         entries: list[Wanted] = []
         live_device = b""
         if binding is not None and binding.anchor is not None:
@@ -236,7 +236,7 @@ class LeaseElements:
             live_device, until_ns = place.device, binding.expires_ns
             entries.append((down, answer + live_device, data, comment, until_ns, None))
             if not state.held_until_ns:  # what is held must not get past the queue
-                out = encode_way(ue, live_device, place.addresses[len(key)])
+                out = encode_up(ue, live_device, place.addresses[len(key)])
                 entries.append((up, key + UPLINK, out, comment, until_ns, state.carried))
         if not state.draining:
             return entries

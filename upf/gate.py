@@ -27,7 +27,7 @@ from controlplane.enforcement import (
 from upf import fastpath
 from upf.config import GateConfig, GnbPort, QosPoint
 from upf.elements import Addition
-from upf.fastpath import FastPath, FastPathError, Ports, Switch, ports, unfit
+from upf.fastpath import EntryChange, FastPath, FastPathError, Ports, ports, unfit
 from upf.flows import (
     NO_LEASE,
     FlowState,
@@ -312,6 +312,8 @@ class Gate:
     def _commit(self, states: dict[bytes, FlowState], now_ns: int) -> None:
         """Bring flows to these states: classes, then gNBs, then the gate, each in one batch.
 
+        Entries of the fast path that end or change go before the gate's batch, and come after it.
+
         Raises EnforcementError, and changes nothing in the gate.
         """
         held = self._flows
@@ -324,22 +326,22 @@ class Gate:
             if new is not None and new.qos.guaranteed:
                 begun.append((new, old))
         opened = self._classes.open(begun) if begun else []
-        switch: Switch | None = None
+        entries: EntryChange | None = None
         try:
             self._tell_gnbs(held, states, now_ns)
             if self._fast is not None:
-                switch = self._fast.begin(self._pairs(states, self._elements.fast))
-                states = self._carrying(states, switch)
+                entries = self._fast.begin(self._pairs(states, self._elements.fast))
+                states = self._carrying(states, entries)
             self._timed.change(self._pairs(states, self._elements.of), now_ns)
         except (BatchError, OSError, EnforcementError) as error:
-            if switch is not None and not isinstance(error, EnforcementError):
-                switch.undo()  # else the gate has failed closed, and is not to be gone around
+            if entries is not None and not isinstance(error, EnforcementError):
+                entries.undo()  # else the gate has failed closed, and is not to be gone around
             with contextlib.suppress(BatchError, OSError, EnforcementError):
                 self._tell_gnbs(states, {key: held.get(key, NO_LEASE) for key in states}, now_ns)
             self._classes.forget(opened)
             raise EnforcementError(str(error)) from error
-        if switch is not None:
-            switch.complete()
+        if entries is not None:
+            entries.complete()
         held.update(states)
         if ended:
             self._classes.forget(ended - {binding.lease_id for binding, _ in begun})
@@ -354,13 +356,13 @@ class Gate:
             yield [] if empty else elements_of(key, current), elements_of(key, state)
 
     def _carrying(
-        self, states: Mapping[bytes, FlowState], switch: Switch
+        self, states: Mapping[bytes, FlowState], entries: EntryChange
     ) -> dict[bytes, FlowState]:
         """Note in flows whose hold begins what the fast path had counted: it takes its entry."""
         carrying = dict(states)
-        for key, state in states.items() if switch.taken else ():
+        for key, state in states.items() if entries.taken else ():
             if state.held_until_ns:
-                taken = switch.taken.get(self._elements.fast_uplink(key))
+                taken = entries.taken.get(self._elements.fast_uplink(key))
                 if taken is not None:
                     carrying[key] = state._replace(carried=taken[1])
         return carrying

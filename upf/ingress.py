@@ -5,8 +5,8 @@ programs may be there too; ours have names of their own and hand on what they le
 """
 
 import socket
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from upf import libbpf
 from upf.libbpf import Program
@@ -25,9 +25,11 @@ def attach(netns_path: str, programs: Mapping[int, Program]) -> None:
     in_namespace(netns_path, inside)
 
 
-def attached(netns_path: str, indices: Iterable[int]) -> dict[int, Program]:
-    """Open our programs on these interfaces; the caller closes them. Raises BpfError."""
-    return in_namespace(netns_path, lambda: _ours(indices))
+@contextmanager
+def attached(netns_path: str, indices: Iterable[int]) -> Iterator[list[tuple[int, Program]]]:
+    """Open our programs on these interfaces, each with its interface. Raises BpfError."""
+    with ExitStack() as opened:
+        yield in_namespace(netns_path, lambda: _ours(indices, opened))
 
 
 def detach(netns_path: str) -> None:
@@ -35,19 +37,18 @@ def detach(netns_path: str) -> None:
 
     def inside() -> None:
         with ExitStack() as opened:
-            for index, program in _ours(number for number, _ in socket.if_nameindex()).items():
-                opened.callback(program.close)
+            indices = [number for number, _ in socket.if_nameindex()]
+            for index, program in _ours(indices, opened):
                 program.detach(index)
 
     in_namespace(netns_path, inside)
 
 
-def _ours(indices: Iterable[int]) -> dict[int, Program]:
-    found: dict[int, Program] = {}
+def _ours(indices: Iterable[int], opened: ExitStack) -> list[tuple[int, Program]]:
+    found = []
     for index in indices:
         for program in libbpf.attached(index):
-            if program.name.startswith(OURS) and index not in found:
-                found[index] = program
-            else:
-                program.close()
+            opened.callback(program.close)
+            if program.name.startswith(OURS):
+                found.append((index, program))
     return found

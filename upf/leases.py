@@ -49,9 +49,8 @@ def _enforced(
         by_tag = {(flow, tag_of(comment)): sums for (flow, comment), sums in counts.items()}
         for stem, first in ((UP, 0), (DOWN, 2)):
             for key, entry in fast_path.entries(family.name(stem)):
-                flow = key[:half] + key[half : 2 * half]
-                if stem == DOWN:
-                    flow = flow[half:] + flow[:half]
+                source, destination = key[:half], key[half : 2 * half]
+                flow = source + destination if stem == UP else destination + source
                 sums = by_tag.get((flow, entry.tag))
                 if sums is not None:
                     sums[first] += entry.packets

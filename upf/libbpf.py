@@ -234,7 +234,7 @@ def attached(index: int) -> list[Program]:
     numbers = (ctypes.c_uint32 * MAX_PROGRAMS)()
     count = ctypes.c_uint32(MAX_PROGRAMS)
     result = library.bpf_prog_query(index, TCX_INGRESS, 0, None, numbers, count)
-    if result == -errno.EINVAL:  # before Linux 6.6
+    if result in (-errno.EINVAL, -errno.ENODEV):  # before Linux 6.6; the interface went
         return []
     _check(result, f"the programs of interface {index} cannot be read")
     found = []

@@ -30,7 +30,7 @@ class Paths:
         self._refresh(self._ues)
 
     def close(self) -> None:
-        """Stop following. The elements stay."""
+        """Stop following. What is known stays."""
         self._routes.close()
 
     def fileno(self) -> int:
@@ -59,8 +59,9 @@ class Paths:
 
     def _refresh(self, ues: tuple[Address, ...]) -> None:
         for ue, hop in zip(ues, self._routes.look_up(ues), strict=True):
-            reached = hop is not None and hop.index in self._n3
-            data = encode_hop(hop.index, hop.neighbour) if hop and reached else NO_WAY
+            data = NO_WAY
+            if hop is not None and hop.index in self._n3:
+                data = encode_hop(hop.index, hop.neighbour)
             if data != self._known.get(ue):
                 self._table.put(NUMBER.pack(self._numbers[ue.packed]), data)
                 self._known[ue] = data

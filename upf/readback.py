@@ -6,6 +6,8 @@ from typing import Any
 
 from pyroute2.netlink import NLM_F_REQUEST
 from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFPROTO_INET,
+    NFPROTO_NETDEV,
     NFT_MSG_GETRULE,
     NFT_MSG_GETTABLE,
     nft_rule_msg,
@@ -18,19 +20,20 @@ from upf.messages import TABLE, message
 from upf.nft_socket import NftSocket
 from upf.schema import DROP_REASONS
 
-NFPROTO_UNSPEC = 0  # of every family
+TABLE_FAMILIES = (NFPROTO_INET, NFPROTO_NETDEV)  # the latter of versions before 9 alone
 ElementName = tuple[str, bytes]  # set, key
 _decoder = lru_cache(maxsize=64)(ElementDecoder)
 
 
 def table_comments(socket: NftSocket, name: str = TABLE) -> dict[int, str]:
     """Return the comments of the tables of a name of ours, by nftables family."""
-    query = message(nft_table_msg, NFT_MSG_GETTABLE, flags=NLM_F_REQUEST, family=NFPROTO_UNSPEC)
     found = {}
-    for table in socket.dump(query):
-        if table.get_attr("NFTA_TABLE_NAME") == name:
-            comment = table.get_attr("NFTA_TABLE_USERDATA")
-            found[int(table["nfgen_family"])] = comment if isinstance(comment, str) else ""
+    for family in TABLE_FAMILIES:
+        query = message(nft_table_msg, NFT_MSG_GETTABLE, flags=NLM_F_REQUEST, family=family)
+        for table in socket.dump(query):
+            if table.get_attr("NFTA_TABLE_NAME") == name and table["nfgen_family"] == family:
+                comment = table.get_attr("NFTA_TABLE_USERDATA")
+                found[family] = comment if isinstance(comment, str) else ""
     return found
 
 

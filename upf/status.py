@@ -42,18 +42,27 @@ def of_kernel(netns_path: str, config: GateConfig) -> dict[str, Any]:
     """
     with contextlib.closing(NftSocket(netns_path, in_place_renewal=False)) as handle:
         table = table_comments(handle).get(NFPROTO_INET)
-        enforced, fast_path = None, None
-        if table == fingerprint(config, None):
-            enforced = leases(enforced_leases(handle, config, None))
-        with contextlib.suppress(FastPathError):  # an interface is not there
-            there = ports(netns_path, config)
-            if table == fingerprint(config, there):
-                fast_path = FastPath.adopt(netns_path, there, table)
-                enforced = leases(enforced_leases(handle, config, fast_path))
-        if fast_path is not None:
-            fast_path.close()
+        enforced = _enforced(handle, netns_path, config, table)
         return {
             "table": table,
-            "enforced": enforced,
+            "enforced": None if enforced is None else leases(enforced),
             "drops": {} if table is None else drop_counters(handle),
         }
+
+
+def _enforced(
+    handle: NftSocket, netns_path: str, config: GateConfig, table: str | None
+) -> list[Enforced] | None:
+    if table == fingerprint(config, None):
+        return enforced_leases(handle, config, None)
+    try:
+        there = ports(netns_path, config)
+    except FastPathError:  # an interface is not there
+        return None
+    if table is None or table != fingerprint(config, there):
+        return None
+    fast_path = FastPath.adopt(netns_path, there, table)
+    if fast_path is None:
+        return enforced_leases(handle, config, None)
+    with contextlib.closing(fast_path):
+        return enforced_leases(handle, config, fast_path)

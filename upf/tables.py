@@ -74,7 +74,7 @@ def within(
 class Table:
     """Builds requests about a table of ours in one nftables family."""
 
-    family: int  # NFPROTO_INET or NFPROTO_NETDEV
+    family: int  # NFPROTO_INET, or what an older version had
     name: str = TABLE
     _sets: int = 0
 

@@ -15,6 +15,7 @@ from plane import (
     SHARED_CLASS,
     UE,
     Plane,
+    features,
     heard,
     plane,
     receives,
@@ -34,7 +35,6 @@ from controlplane.enforcement import (
 from upf import fastpath, ingress, qos
 from upf.config import QosPoint
 from upf.elements import Counters
-from upf.features import probe
 from upf.flows import NO_LEASE, flow_key, next_state
 from upf.gate import remove
 from upf.libbpf import BpfError
@@ -50,9 +50,8 @@ MS = 1_000_000
 
 @pytest.fixture
 def net() -> Iterator[Plane]:
-    features = probe()
-    if not features.tc_bpf:
-        pytest.skip(f"no forwarding at ingress: {features.reasons['tc_bpf']}")
+    if not features().tc_bpf:
+        pytest.skip(f"no forwarding at ingress: {features().reasons['tc_bpf']}")
     with plane() as made:
         yield made
 
@@ -214,12 +213,10 @@ def test_a_new_process_adopts_it_and_removal_takes_it_away(net: Plane) -> None:
     assert fast_packets(net, "up") == fast_packets(net, "down") == 2
     upf = net.hosts["upf"]
     indices = fastpath.ports(upf.path, net.config).index.values()
-    ours = ingress.attached(upf.path, indices)
-    assert set(ours) == set(indices)
-    for program in ours.values():
-        program.close()
-    remove(upf.path)
-    assert ingress.attached(upf.path, indices) == {}
+    for there in (set(indices), set()):
+        with ingress.attached(upf.path, indices) as found:
+            assert {index for index, _ in found} == there
+        remove(upf.path)
     assert upf.run(lambda: command("nft list tables; tc qdisc show | grep -v noqueue")) == ""
 
 

@@ -2,8 +2,8 @@
 // come in, at tc ingress of N3 and N6, past the IP stack. Whatever else comes, or looks in any way
 // unusual, goes on to the gate as if this were not there: it only ever lets through.
 //
-// The structures are those of upf/fastpath.py. Addresses and ports are in network byte order, all
-// else in the host's.
+// The structures are those of upf/fastpath.py. Addresses are in network byte order, all else in the
+// host's.
 
 #include <linux/bpf.h>
 #include <linux/if_ether.h>
