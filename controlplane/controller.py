@@ -8,7 +8,6 @@ another; those of different UEs share a write and a kernel batch. The transactio
 
 import asyncio
 import os
-import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,11 +25,9 @@ from controlplane.enforcement import (
     Enforcer,
     Flow,
     Operation,
-    Reconciliation,
     Renew,
     Revoke,
 )
-from controlplane.facts import Started
 from controlplane.intent import Intent
 from controlplane.lease import Effect, EndReason, Lease, LeaseError, Outcome, State, Terms
 from controlplane.ledger import Ledger, Session, demand
@@ -366,26 +363,7 @@ class Controller:
                 "LEASE_QUOTA_EXCEEDED", f"it would be {duration_ms:,} ms; {most_ms:,} are allowed"
             )
 
-    # Start and repair
-
-    async def recover(self) -> Reconciliation:
-        """After a start: roll back what was only prepared, end what is overdue, reconcile."""
-        now_ns = self.clock.now_ns()
-        outcomes = []
-        steering: dict[str, Lease] = {}  # by session
-        for held in list(self.ledger.live()):
-            command: lease.Command = lease.Tick()
-            if held.state is State.PREPARED:
-                command = lease.Abort()
-            elif (
-                held.state is State.COMMITTED
-                and steering.setdefault(held.terms.session_id, held) is not held
-            ):
-                raise AssertionError("two committed leases of a session: the log is not atomic")
-            outcomes.append(lease.step(held, command, now_ns))
-        ended = self.closing(outcomes).events
-        await self.committer.submit(Change([Started(secrets.token_hex(4)), *ended]))
-        return await self.committer.reconcile()
+    # Repair
 
     async def repair(self) -> None:
         """If the kernel refused something: make it agree with the ledger."""

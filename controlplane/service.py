@@ -39,6 +39,7 @@ from controlplane.paging import Pager
 from controlplane.parties import AnchorGateway, Subscriber
 from controlplane.policy import Tenants
 from controlplane.relocation import Relocator
+from controlplane.restart import recover
 from controlplane.revocations import Revocations
 from controlplane.sink_http import sink_client
 from controlplane.store import Store
@@ -190,7 +191,7 @@ class Service:
         committing = asyncio.create_task(self._committer.run(), name="committer")
         tasks: list[asyncio.Task[None]] = []
         try:
-            reconciled = await self.plane.controller.recover()
+            reconciled = await recover(self.plane.controller)
             log.info("reconciled with the kernel: %s", reconciled)
             tasks.append(asyncio.create_task(self._keeper.run(), name="keeper"))
             tasks.append(asyncio.create_task(self._dispatcher.run(), name="dispatcher"))
