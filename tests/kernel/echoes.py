@@ -1,5 +1,6 @@
 """Traffic that tells what it lost: numbers out and back, one a millisecond, until it is stopped."""
 
+import contextlib
 import socket
 import struct
 import threading
@@ -7,7 +8,8 @@ import threading
 SO_RCVBUFFORCE, BUFFER_BYTES = 33, 64 << 20
 QUIET_S = 0.2
 PERIOD_S = 0.001
-NUMBER = struct.Struct("!Q")
+NUMBER, NO_NUMBER = struct.Struct("!Q"), b"?"
+PATH_TRIES = 25
 TCP_INFO_RETRANSMITS = struct.Struct("=100xI")  # tcpi_total_retrans in linux/tcp.h
 
 
@@ -34,6 +36,21 @@ class Echoes:
         self._over = threading.Event()
         self._threads = [threading.Thread(target=work) for work in (self._send, self._return)]
         self.sent = 0
+
+    def find_path(self) -> None:
+        """Send datagrams until one has come back, and count none of them.
+
+        The first of all may be lost: its neighbours are new, and IPv6 may not be ready to ask.
+        """
+        self._near.settimeout(QUIET_S)
+        for _ in range(PATH_TRIES):
+            with contextlib.suppress(TimeoutError):
+                self._near.sendto(NO_NUMBER, self._address or ("", 0))
+                self._far.sendto(NO_NUMBER, self._far.recvfrom(2_000)[1])
+                self._near.recv(2_000)
+                self._near.settimeout(None)
+                return
+        raise AssertionError(f"nothing comes back from {self._address}")
 
     def __enter__(self) -> "Echoes":
         for thread in self._threads:
@@ -75,7 +92,8 @@ class Echoes:
             received = b"".join(self._received())
             again = self._near.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
             return wanted - len(received) + TCP_INFO_RETRANSMITS.unpack(again)[0]
-        numbers = {NUMBER.unpack_from(data)[0] for data in self._received()}
+        found = [data for data in self._received() if data != NO_NUMBER]
+        numbers = {NUMBER.unpack_from(data)[0] for data in found}
         return len(set(range(self.sent)) - numbers)
 
     def _received(self) -> list[bytes]:
