@@ -99,7 +99,7 @@ def others(site: Site, sockets: ExitStack) -> dict[str, Echoes]:
         flows[f"IPv{version}"] = Echoes(near, far, (address, PORT))
         flows[f"IPv{version}"].find_path()
     for host in ("ue", "internet"):  # a tail loss probe on a busy machine is no loss
-        site.run(host, ["sysctl", "-qw", "net.ipv4.tcp_early_retrans=0"])
+        site.run(host, ["sh", "-c", "echo 0 > /proc/sys/net/ipv4/tcp_early_retrans"])
     with opened(site, "internet", INTERNET[4], socket.SOCK_STREAM) as listener:
         listener.listen()
         near = sockets.enter_context(opened(site, "ue", UES["ue2"][0], socket.SOCK_STREAM))
